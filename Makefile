@@ -1,0 +1,43 @@
+# Everything a person needs: make demo, make test, make check. Each sets itself up from a fresh clone.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo check format test train clean
+
+help:  ## list these targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+# The environment is made again only when what it is made from has changed.
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; run: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[grammar,dev]'
+	@touch $@
+
+setup: $(STAMP)  ## create .venv and install everything, if needed
+
+demo: $(STAMP)  ## answer 2,000 questions with the demo SQL expert on a local Ray
+	$(BIN)/expert demo
+
+check: $(STAMP)  ## format, lint, types and import directions
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)  ## format the code and apply safe lint fixes
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: $(STAMP)  ## run all tests
+	$(BIN)/python -m pytest
+
+train: $(STAMP)  ## make the demo model and its experts again (about an hour on two cores)
+	$(BIN)/python -m pipeline.demo.train
+
+clean:  ## remove what these targets made, the environment included
+	rm -rf $(VENV) build demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

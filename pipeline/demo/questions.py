@@ -1,0 +1,97 @@
+"""The demo dataset: held-out questions with their right answers, as rows of a file."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.demo.names import Task
+from pipeline.demo.tasks import draw_group
+from pipeline.errors import ConfigError
+
+ROWS_PER_GROUP = 2048
+ROW_SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "schema", "prompt", "expected")])
+
+
+@dataclass(frozen=True)
+class Question:
+    """One row of the demo dataset."""
+
+    id: str
+    schema: str
+    prompt: str
+    expected: str
+
+
+def draw_questions(task: Task, rows: int, *, seed: int = 1) -> Iterator[Question]:
+    """Questions that training never saw (each asks about at least one held-out pair), with their answers.
+
+    Args:
+        task: `"sql"`, `"cypher"` or `"json"`.
+        rows: How many.
+        seed: The same seed gives the same questions.
+
+    Yields:
+        Two to eight questions to a schema, schema after schema.
+    """
+    rng = Random(f"{seed}/{task}")
+
+    def endless() -> Iterator[Question]:
+        number = 0
+        while True:
+            for example in draw_group(rng, task, rng.randint(2, 8), held_out=True):
+                yield Question(f"{task}-{number:07d}", example.schema, example.prompt, example.expected)
+                number += 1
+
+    return islice(endless(), rows)
+
+
+def write_questions(
+    path: Path, rows: int, *, task: Task = "sql", seed: int = 1, file_format: Literal["parquet", "jsonl"] = "parquet"
+) -> Path:
+    """Write a demo dataset with the columns id, schema, prompt and expected; an existing file is replaced.
+
+    Args:
+        path: Where to; the file appears whole or not at all.
+        rows: How many questions.
+        task, seed: See `draw_questions`.
+        file_format: `"parquet"` or `"jsonl"`.
+
+    Raises:
+        ConfigError: `rows` is not positive, or the file cannot be written.
+    """
+    if rows < 1:
+        raise ConfigError(f"rows is {rows}", hint="Give the number of questions to make, at least 1.")
+    write = {"parquet": _write_parquet, "jsonl": _write_jsonl}[file_format]
+    fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(fresh, draw_questions(task, rows, seed=seed))
+        fresh.replace(path)
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written: {error.strerror}", hint="Choose a folder you may write to."
+        ) from error
+    finally:
+        fresh.unlink(missing_ok=True)
+    return path
+
+
+def _write_parquet(path: Path, questions: Iterable[Question]) -> None:
+    rows = (vars(question) for question in questions)
+    with pq.ParquetWriter(path, ROW_SCHEMA, compression="zstd") as writer:
+        while group := list(islice(rows, ROWS_PER_GROUP)):
+            writer.write_table(pa.Table.from_pylist(group, schema=ROW_SCHEMA))
+
+
+def _write_jsonl(path: Path, questions: Iterable[Question]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for question in questions:
+            file.write(json.dumps(vars(question), ensure_ascii=False) + "\n")

@@ -1,0 +1,211 @@
+"""From directories to ready modules: base model, adapter, tokenizer, on the right device in the right dtype."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from pipeline.errors import AdapterError, BaseModelError, ConfigError, TokenizerError
+from pipeline.package import ExpertPackage
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A causal language model on its device, ready for inference."""
+
+    model: Any
+    device: torch.device
+    dtype: torch.dtype
+    eos_token_ids: frozenset[int]
+    context_length: int
+
+
+def choose_device(device: str | None = None) -> torch.device:
+    """The device asked for, or the best there is: CUDA, then MPS, then the CPU.
+
+    Raises:
+        ConfigError: The device asked for is unknown or not there.
+    """
+    if device in (None, "auto"):
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device(name)
+    try:
+        chosen = torch.device(str(device))
+    except RuntimeError as error:
+        raise ConfigError(f"device {device!r} is unknown", hint="Use cpu, cuda, cuda:1 or mps.") from error
+    num_devices = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    if (chosen.index or 0) >= num_devices.get(chosen.type, 0):
+        raise ConfigError(
+            f"device {device!r} is not available", hint="Use cpu, or leave device out to take the best there is."
+        )
+    return chosen
+
+
+def choose_dtype(device: torch.device, dtype: str | None, stored: torch.dtype) -> torch.dtype:
+    """The dtype asked for; else the checkpoint's own, where the device computes fast in it, else float32.
+
+    Args:
+        device: Where the model will run.
+        dtype: `"float32"`, `"bfloat16"`, `"float16"`, or None to choose.
+        stored: The dtype of the checkpoint. It is never narrowed unasked.
+
+    Raises:
+        ConfigError: The name is unknown.
+    """
+    if dtype is not None:
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype {dtype!r} is unknown", hint=f"Use {', '.join(DTYPES)}.")
+        return DTYPES[dtype]
+    if stored == torch.float32 or device.type == "mps":
+        return torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    capabilities = torch.cpu.get_capabilities()
+    is_fast = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
+    return torch.bfloat16 if is_fast and stored == torch.bfloat16 else torch.float32
+
+
+def load_base_model(path: Path, *, device: str | None = None, dtype: str | None = None) -> BaseModel:
+    """Load a base model from its directory. No code from it is run, and no pickle is opened.
+
+    Raises:
+        BaseModelError: The directory does not hold a causal language model that transformers can load.
+        ConfigError: The device or dtype is unknown or not there.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    chosen = choose_device(device)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+        precision = choose_dtype(chosen, dtype, stored)
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=precision,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise BaseModelError(
+            f"the base model in {path} cannot be loaded",
+            details=(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",),
+            hint="Use a directory that AutoModelForCausalLM loads: config.json and safetensors, no custom code.",
+        ) from error
+    eos = model.generation_config.eos_token_id
+    eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    # The checkpoint's generation settings (Qwen3's draw at temperature 0.6) are not the expert's.
+    model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=model.generation_config.pad_token_id)
+    model.eval().requires_grad_(False).to(chosen)
+    logger.info("loaded %s on %s in %s", path.name, chosen, precision)
+    return BaseModel(model, chosen, precision, frozenset(eos_ids), int(config.max_position_embeddings))
+
+
+def merge_adapter(base: BaseModel, package: ExpertPackage) -> BaseModel:
+    """Merge a package's adapter into the base model's weights, so that it runs at the base's speed.
+
+    The base is changed in place; use the returned model from then on.
+
+    Raises:
+        AdapterError: The adapter does not fit the base: keys missing or left over, shapes or values wrong.
+    """
+    from peft import get_peft_model
+
+    adapted = get_peft_model(base.model, peft_config(package))
+    _load_weights(adapted, package)
+    try:
+        merged = adapted.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise AdapterError(
+            f"the adapter of {package.label} cannot be merged into the base model",
+            details=(str(error).splitlines()[0],),
+            hint="Train or export the adapter again: its weights are not finite.",
+        ) from error
+    merged.eval().requires_grad_(False)
+    return BaseModel(merged, base.device, base.dtype, base.eos_token_ids, base.context_length)
+
+
+def peft_config(package: ExpertPackage) -> Any:
+    """The PEFT configuration of a package's adapter, built from checked fields only."""
+    import peft
+
+    kinds = {
+        "lora": peft.LoraConfig,
+        "dora": peft.LoraConfig,
+        "ia3": peft.IA3Config,
+        "lokr": peft.LoKrConfig,
+        "adalora": peft.AdaLoraConfig,
+    }
+    adapter = package.adapter
+    try:
+        return kinds[adapter.kind](inference_mode=True, task_type="CAUSAL_LM", **adapter.to_peft_kwargs())
+    except (TypeError, ValueError) as error:
+        raise AdapterError(
+            f"adapter_config.json of {package.label} is refused by PEFT",
+            details=(str(error).splitlines()[0],),
+            hint="Export the adapter again with the installed version of PEFT.",
+        ) from error
+
+
+def load_tokenizer(package: ExpertPackage, base_path: Path) -> Any:
+    """The package's own tokenizer, or the base model's where the package brings none.
+
+    Raises:
+        TokenizerError: It cannot be loaded, or has no chat template.
+    """
+    from transformers import AutoTokenizer
+
+    source = package.tokenizer_dir or base_path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise TokenizerError(
+            f"the tokenizer in {source} cannot be loaded",
+            details=(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",),
+            hint="The package or the base model needs tokenizer.json and tokenizer_config.json, without custom code.",
+        ) from error
+    if not tokenizer.chat_template:
+        raise TokenizerError(
+            f"the tokenizer of {package.label} has no chat template",
+            hint="Add chat_template to tokenizer_config.json, or pack the tokenizer the expert was trained with.",
+        )
+    return tokenizer
+
+
+def _load_weights(adapted: Any, package: ExpertPackage) -> None:
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    weights = load_file(package.adapter_weights)
+    wanted = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(adapted).items()}
+    problems = [f"missing: {name}" for name in sorted(set(wanted) - set(weights))]
+    problems += [f"not in this base model: {name}" for name in sorted(set(weights) - set(wanted))]
+    problems += [
+        f"{name}: shape {list(weights[name].shape)}, wanted {list(shape)}"
+        for name, shape in wanted.items()
+        if name in weights and tuple(weights[name].shape) != shape
+    ]
+    problems += [f"{name}: holds NaN or infinity" for name, value in weights.items() if not value.isfinite().all()]
+    if problems:
+        more = len(problems) - 8
+        raise AdapterError(
+            f"the adapter of {package.label} does not fit the base model",
+            details=(*problems[:8], *([f"and {more} more"] if more > 0 else [])),
+            hint="Check that base_model is the one the expert was trained on.",
+        )
+    set_peft_model_state_dict(adapted, weights)
+
+
+def free_memory(model: nn.Module | None) -> None:
+    """Let go of a model's device memory, as far as torch keeps any for itself."""
+    del model
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,179 @@
+"""Every error a user can meet.
+
+    ExpertError
+    ├── ConfigError                     a configuration file, option or argument is wrong
+    ├── MissingDependencyError          an optional package is not installed
+    ├── LoadError                       a package or a model cannot be used
+    │   ├── PackageNotFoundError        nothing at that path
+    │   ├── ArchiveError                the archive is damaged or unsafe
+    │   ├── ManifestError               manifest.json is not valid
+    │   ├── IntegrityError              content differs from its checksum
+    │   ├── AdapterError                the adapter's files or shapes are wrong
+    │   ├── TokenizerError              the tokenizer or its chat template cannot be used
+    │   └── BaseModelError              the base model is missing, or is another one
+    ├── InferenceError                  a request could not be answered
+    │   ├── InvalidRequestError         the prompt or an option has a wrong type or value
+    │   ├── PromptTooLongError          the prompt does not fit the model's context
+    │   ├── GrammarError                a grammar is wrong, or cannot be honoured
+    │   └── OutOfMemoryError            the device has too little memory
+    └── BatchError                      a batch job cannot run or did not finish
+        ├── DatasetError                the dataset cannot be found or read
+        ├── OutputError                 the output cannot be written
+        │   └── FingerprintError        the output belongs to a job with another configuration
+        └── JobFailedError              workers failed; what is committed stays
+
+Each says what is wrong, where (`details`, one place a line) and what to do next (`hint`), and carries a stable `code`
+for programs: the same code stands in a batch row's `error` and in an online response.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+
+class ExpertError(Exception):
+    """The root of all errors of this project.
+
+    Args:
+        message: What is wrong, in one sentence.
+        hint: What to do next.
+        details: Where, one place a line, e.g. `"line 12, column 5  base_models: Field required"`.
+    """
+
+    code: ClassVar[str] = "expert_error"
+
+    def __init__(self, message: str, *, hint: str, details: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.details = tuple(details)
+
+    def __str__(self) -> str:
+        lines = [self.message, *(f"  {detail}" for detail in self.details), f"  Fix: {self.hint}"]
+        return "\n".join(lines)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.message, self.hint, self.details)
+
+
+def _rebuild(kind: type[ExpertError], message: str, hint: str, details: tuple[str, ...]) -> ExpertError:
+    return kind(message, hint=hint, details=details)
+
+
+class ConfigError(ExpertError):
+    """A configuration file, option or argument is wrong."""
+
+    code = "invalid_config"
+
+
+class MissingDependencyError(ExpertError):
+    """An optional package is not installed."""
+
+    code = "missing_dependency"
+
+
+class LoadError(ExpertError):
+    """A package or a model cannot be used."""
+
+    code = "load_failed"
+
+
+class PackageNotFoundError(LoadError):
+    """Nothing is at that path."""
+
+    code = "package_not_found"
+
+
+class ArchiveError(LoadError):
+    """The archive is damaged or unsafe."""
+
+    code = "invalid_archive"
+
+
+class ManifestError(LoadError):
+    """`manifest.json` is not valid."""
+
+    code = "invalid_manifest"
+
+
+class IntegrityError(LoadError):
+    """Content differs from its checksum."""
+
+    code = "integrity_failed"
+
+
+class AdapterError(LoadError):
+    """The adapter's files or shapes are wrong."""
+
+    code = "invalid_adapter"
+
+
+class TokenizerError(LoadError):
+    """The tokenizer or its chat template cannot be used."""
+
+    code = "invalid_tokenizer"
+
+
+class BaseModelError(LoadError):
+    """The base model is missing, or is another one than the package was made for."""
+
+    code = "base_model_unavailable"
+
+
+class InferenceError(ExpertError):
+    """A request could not be answered."""
+
+    code = "inference_failed"
+
+
+class InvalidRequestError(InferenceError):
+    """The prompt or an option has a wrong type or value."""
+
+    code = "invalid_request"
+
+
+class PromptTooLongError(InferenceError):
+    """The prompt does not fit the model's context."""
+
+    code = "prompt_too_long"
+
+
+class GrammarError(InferenceError):
+    """A grammar is wrong, or cannot be honoured."""
+
+    code = "invalid_grammar"
+
+
+class OutOfMemoryError(InferenceError):
+    """The device has too little memory."""
+
+    code = "out_of_memory"
+
+
+class BatchError(ExpertError):
+    """A batch job cannot run or did not finish."""
+
+    code = "batch_failed"
+
+
+class DatasetError(BatchError):
+    """The dataset cannot be found or read."""
+
+    code = "dataset_unreadable"
+
+
+class OutputError(BatchError):
+    """The output cannot be written."""
+
+    code = "output_unwritable"
+
+
+class FingerprintError(OutputError):
+    """The output belongs to a job with another configuration."""
+
+    code = "fingerprint_mismatch"
+
+
+class JobFailedError(BatchError):
+    """Workers failed; what is committed stays, and the same command continues."""
+
+    code = "job_failed"
