@@ -1,0 +1,177 @@
+"""Find the base model of an expert on this machine, and say which one it is."""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from pipeline.errors import BaseModelError
+from pipeline.package.integrity import file_sha256
+from pipeline.package.manifest import BaseModelSpec
+
+MODELS_DIR_VARIABLE = "EXPERT_MODELS_DIR"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "added_tokens.json",
+)
+_DIGESTED = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+_DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model"]
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+_QWEN = re.compile(r"Qwen[A-Za-z0-9._-]{0,91}")
+
+
+def resolve_base_model(
+    spec: BaseModelSpec,
+    *,
+    base_model: str | os.PathLike[str] | None = None,
+    models: Mapping[str, str] | None = None,
+    package: str = "",
+) -> Path:
+    """The directory of an expert's base model.
+
+    Tried in this order: `base_model`; `models`; `$EXPERT_MODELS_DIR/<last part of the name>`; a directory of exactly
+    the manifest's name; the Hugging Face Hub. What a person names (`base_model`, `models`) is used or refused, never
+    passed over.
+
+    Args:
+        spec: The base model as the manifest describes it.
+        base_model: A directory, or a Hugging Face id such as `Qwen/Qwen3-0.6B`.
+        models: The same, by the manifest's name of the base model or the last part of it.
+        package: The package, as messages name it.
+
+    Returns:
+        A directory with `config.json` and `*.safetensors`. When the manifest gives a checksum, it has been compared.
+
+    Raises:
+        BaseModelError: It was not found (`details` lists each place and why it failed), or is another model.
+    """
+    tried: list[str] = []
+    for origin, place, is_named in _candidates(spec, base_model, models or {}):
+        found = _try(origin, place, is_named, tried)
+        if found is not None:
+            _check(spec, found, package)
+            return found
+        if is_named:
+            break
+    if not os.environ.get(MODELS_DIR_VARIABLE):
+        tried.append(f"${MODELS_DIR_VARIABLE} is not set")
+    of = f" of {package}" if package else ""
+    raise BaseModelError(
+        f"the base model {spec.name!r}{of} was not found",
+        hint=f"Name its directory with base_model=, or set {MODELS_DIR_VARIABLE} to a directory that holds "
+        f"{spec.short_name!r}.",
+        details=tried,
+    )
+
+
+def _candidates(
+    spec: BaseModelSpec, base_model: str | os.PathLike[str] | None, models: Mapping[str, str]
+) -> Iterable[tuple[str, str, bool]]:
+    """(where the name comes from, the name, whether a person gave it), in order."""
+    if base_model is not None:
+        yield "base_model=", os.fspath(base_model), True
+    for key in (spec.name, spec.short_name):
+        if key in models:
+            yield f"models[{key!r}]", os.fspath(models[key]), True
+    models_dir = os.environ.get(MODELS_DIR_VARIABLE)
+    if models_dir and spec.short_name not in {".", ".."}:
+        yield f"${MODELS_DIR_VARIABLE}", str(Path(models_dir).expanduser() / spec.short_name), False
+    yield "the manifest's name", spec.name, False
+
+
+def _try(origin: str, place: str, is_named: bool, tried: list[str]) -> Path | None:
+    folder = Path(place).expanduser() if is_named else Path(place)
+    reason = _why_not(folder)
+    if reason is None:
+        return folder
+    tried.append(f"{origin} {place}: {reason}")
+    hub_id = _hub_id(place)
+    if hub_id is None or folder.is_dir():
+        return None
+    try:
+        snapshot = Path(snapshot_download(hub_id, allow_patterns=_DOWNLOADED))
+    except Exception as problem:  # noqa: BLE001  # the client also lets errors of its network library through
+        first = next(iter(str(problem).splitlines()), "")
+        tried.append(f"{origin} Hugging Face {hub_id}: {type(problem).__name__}: {first}")
+        return None
+    reason = _why_not(snapshot)
+    if reason is not None:
+        tried.append(f"{origin} Hugging Face {hub_id}: {reason}")
+        return None
+    return snapshot
+
+
+def _why_not(folder: Path) -> str | None:
+    """Why a directory is no model; None when it is one."""
+    if not folder.is_dir():
+        return "no such directory"
+    if not (folder / "config.json").is_file():
+        return "holds no config.json"
+    if not _weights(folder):
+        return "holds no *.safetensors"
+    return None
+
+
+def _hub_id(name: str) -> str | None:
+    if _QWEN.fullmatch(name):
+        return f"Qwen/{name}"
+    return name if _HUB_ID.fullmatch(name) and ".." not in name and "--" not in name else None
+
+
+def _weights(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.safetensors") if path.is_file())
+
+
+def _check(spec: BaseModelSpec, folder: Path, package: str) -> None:
+    if spec.sha256 is None:
+        return
+    actual = weights_digest(folder)
+    if actual != spec.sha256:
+        raise BaseModelError(
+            f"{folder} is not the base model that {package or 'the expert'} was made for",
+            hint=f"Use the {spec.name!r} that the expert was trained over.",
+            details=[f"the manifest says sha256 {spec.sha256}", f"the weights have  sha256 {actual}"],
+        )
+
+
+def weights_digest(folder: Path) -> str:
+    """One sha256 for the weights of a model directory.
+
+    Returns:
+        The sha256 of the only safetensors file; of several, the sha256 over their sorted `name:sha256` lines.
+
+    Raises:
+        BaseModelError: There is no safetensors file.
+    """
+    weights = _weights(folder)
+    if not weights:
+        raise BaseModelError(f"{folder} holds no *.safetensors", hint="Name the directory of a model.")
+    if len(weights) == 1:
+        return file_sha256(weights[0])
+    lines = "".join(sorted(f"{path.name}:{file_sha256(path)}\n" for path in weights))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def model_digest(folder: Path) -> str:
+    """One sha256 for all that decides a model's answers: configs, weights and tokenizer files.
+
+    Returns:
+        The sha256 over the sorted `name:sha256` lines of those that are there.
+
+    Raises:
+        BaseModelError: There is no safetensors file.
+    """
+    weights = _weights(folder)
+    if not weights:
+        raise BaseModelError(f"{folder} holds no *.safetensors", hint="Name the directory of a model.")
+    others = [folder / name for name in _DIGESTED if (folder / name).is_file()]
+    lines = "".join(sorted(f"{path.name}:{file_sha256(path)}\n" for path in (*weights, *others)))
+    return hashlib.sha256(lines.encode()).hexdigest()

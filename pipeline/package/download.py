@@ -1,0 +1,97 @@
+"""Fetch a package that lies behind a URL, through fsspec."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import fsspec
+
+from pipeline.errors import ArchiveError, LoadError, MissingDependencyError, PackageNotFoundError
+from pipeline.package.integrity import CHUNK_BYTES, MAX_SIDECAR_BYTES, SIDECAR_SUFFIX
+from pipeline.package.limits import ArchiveLimits
+from pipeline.package.store import scratch_directory
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+
+
+def is_url(source: str) -> bool:
+    """Whether `source` is a URL rather than a local path (a drive letter is none)."""
+    return _URL.match(source) is not None
+
+
+def url_file_name(url: str) -> str:
+    """The file name at the end of a URL, without its query."""
+    return unquote(urlsplit(url).path or urlsplit(url).netloc).rstrip("/").rpartition("/")[2] or "package.expert"
+
+
+@contextmanager
+def downloaded(url: str, cache_dir: Path, limits: ArchiveLimits) -> Iterator[Path]:
+    """A local copy of the file behind `url`, with its `.sha256` file beside it where there is one.
+
+    The copy is removed at the end.
+
+    Args:
+        url: Any URL that fsspec reads, e.g. `s3://bucket/expert-sql.expert`.
+        cache_dir: Where the copy is kept meanwhile.
+        limits: `total_bytes` bounds the download.
+
+    Raises:
+        ArchiveError: The file is larger than the limits.
+        LoadError: It cannot be fetched.
+        MissingDependencyError: fsspec needs another package for this kind of URL.
+        PackageNotFoundError: Nothing is there.
+    """
+    name = url_file_name(url)
+    with scratch_directory(cache_dir / "downloads") as scratch:
+        copy = scratch / Path(name).name
+        try:
+            _fetch(url, copy, limits.total_bytes)
+        except FileNotFoundError as problem:
+            raise PackageNotFoundError(f"nothing is at {_shown(url)}", hint="Check the URL.") from problem
+        except PermissionError as problem:
+            raise LoadError(f"{_shown(url)} may not be read", hint="Check your credentials.") from problem
+        if not urlsplit(url).query:  # the query of a signed URL holds for that one file
+            with suppress(
+                FileNotFoundError, PermissionError
+            ):  # S3 forbids a missing file where names may not be listed
+                _fetch(url + SIDECAR_SUFFIX, copy.with_name(copy.name + SIDECAR_SUFFIX), MAX_SIDECAR_BYTES)
+        yield copy
+
+
+def _fetch(url: str, target: Path, max_bytes: int) -> None:
+    """Copy the file behind `url`; FileNotFoundError and PermissionError are left to the caller."""
+    try:
+        with _open(url) as remote, target.open("xb") as local:
+            count = 0
+            while count <= max_bytes and (chunk := remote.read(CHUNK_BYTES)):
+                local.write(chunk)
+                count += len(chunk)
+    except (FileNotFoundError, PermissionError, MissingDependencyError):
+        target.unlink(missing_ok=True)
+        raise
+    except Exception as problem:  # each file system raises the errors of its own client library
+        raise LoadError(
+            f"{_shown(url)} cannot be fetched: {type(problem).__name__}: {problem}",
+            hint="Check the URL, the network and your credentials.",
+        ) from problem
+    if count > max_bytes:
+        raise ArchiveError(f"{_shown(url)} has more than {max_bytes:,} bytes", hint="Raise limits.total_bytes.")
+
+
+def _open(url: str) -> Any:
+    try:
+        file_system, path = fsspec.core.url_to_fs(url)
+    except ImportError as problem:
+        raise MissingDependencyError(
+            f"{_shown(url)} needs a package that is not installed", hint=str(problem)
+        ) from problem
+    return file_system.open(path, "rb")
+
+
+def _shown(url: str) -> str:
+    """A URL without its credentials and its query."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
