@@ -72,6 +72,7 @@ KINDS = (
     *("list", "equal", "compare", "count", "aggregate", "top", "group", "both", "join"),
     *("order", "either", "between", "distinct", "related"),
 )
+LABEL_KINDS = ("compare", "count", "either", "between")  # they show a table's label column, and do not name it
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,9 @@ class Query:
     other: str = ""
 
     def pairs(self) -> Iterator[tuple[str, str]]:
-        """The (table, column) pairs the question asks about."""
-        yield self.table.name, self.select
+        """The (table, column) pairs that the question names."""
+        if self.kind not in LABEL_KINDS:
+            yield self.table.name, self.select
         if self.kind == "join":
             yield self.schema.tables[0].name, self.other
         filtered = self.schema.tables[0] if self.kind == "related" else self.table

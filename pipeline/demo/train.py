@@ -36,8 +36,8 @@ class Recipe:
     seed: int = 0
     hidden_size: int = 192
     num_layers: int = 4
-    base_steps: int = 4000
-    adapter_steps: int = 250
+    base_steps: int = 2200
+    adapter_steps: int = 200
     trees: int = 16
     tree_size: int = 4
     prompt_weight: float = 0.05

@@ -55,9 +55,9 @@ def answer_loss(model: nn.Module, batch: Batch, device: torch.device) -> tuple[t
 
 
 def schedule(step: int, steps: int, warmup: int = 100) -> float:
-    """Warm-up, a plateau for 40 % of the steps, then a cosine down to 2 %."""
+    """Warm-up, a plateau for half of the steps, then a cosine down to 2 %."""
     done = step / steps
-    decay = 1.0 if done < 0.4 else 0.02 + 0.49 * (1 + math.cos(math.pi * (done - 0.4) / 0.6))
+    decay = 1.0 if done < 0.5 else 0.02 + 0.49 * (1 + math.cos(math.pi * (done - 0.5) / 0.5))
     return min(1.0, (step + 1) / warmup) * decay
 
 

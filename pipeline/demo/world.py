@@ -130,14 +130,15 @@ class Schema:
         return "\n".join(lines)
 
 
-def draw_table(rng: Random, taken: frozenset[str] = frozenset()) -> Table:
+def draw_table(rng: Random, label: str, taken: frozenset[str] = frozenset()) -> Table:
     name = rng.choice([table for table in TABLES if table not in taken])
     text = rng.sample(list(TEXT_COLUMNS), rng.randint(1, 3))
     numbers = rng.sample(list(NUMBER_COLUMNS), rng.randint(1, 3))
-    return Table(name, rng.choice(LABEL_COLUMNS), tuple(text), tuple(numbers))
+    return Table(name, label, tuple(text), tuple(numbers))
 
 
 def draw_schema(rng: Random) -> Schema:
-    first = draw_table(rng)
-    tables = (first,) if rng.random() < 0.45 else (first, draw_table(rng, frozenset({first.name})))
+    label = rng.choice(LABEL_COLUMNS)  # a schema has one word for what its things are called
+    first = draw_table(rng, label)
+    tables = (first,) if rng.random() < 0.45 else (first, draw_table(rng, label, frozenset({first.name})))
     return Schema(tables, rng.choice(RELATIONS))

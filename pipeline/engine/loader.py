@@ -1,6 +1,9 @@
 """From directories to ready modules: base model, adapter, tokenizer, on the right device in the right dtype."""
 
 import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,14 +90,15 @@ def load_base_model(path: Path, *, device: str | None = None, dtype: str | None 
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
         stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
         precision = choose_dtype(chosen, dtype, stored)
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype=precision,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-        )
+        with _quiet():
+            model = AutoModelForCausalLM.from_pretrained(
+                path,
+                config=config,
+                dtype=precision,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+            )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise BaseModelError(
             f"the base model in {path} cannot be loaded",
@@ -120,7 +124,8 @@ def merge_adapter(base: BaseModel, package: ExpertPackage) -> BaseModel:
     """
     from peft import get_peft_model
 
-    adapted = get_peft_model(base.model, peft_config(package))
+    with _quiet():
+        adapted = get_peft_model(base.model, peft_config(package))
     _load_weights(adapted, package)
     try:
         merged = adapted.merge_and_unload(safe_merge=True)
@@ -202,6 +207,23 @@ def _load_weights(adapted: Any, package: ExpertPackage) -> None:
             hint="Check that base_model is the one the expert was trained on.",
         )
     set_peft_model_state_dict(adapted, weights)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars, and none of the warnings that two libraries have about each other's versions."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            # PEFT 0.21 reads an attribute that transformers 5.23 has renamed; it still works.
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def free_memory(model: nn.Module | None) -> None:

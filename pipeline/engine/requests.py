@@ -38,9 +38,8 @@ class RequestBuilder:
         self._tokenizer = tokenizer
         self._context_length = context_length
         self._dialect = default_dialect(package.manifest.capabilities)
-        self._grammar: str | None = None
-        self._params = self._override(manifest_params(package), options or {})
-        self._grammar = self._choose_grammar((options or {}).get("use_grammar"))
+        self._params = override_params(manifest_params(package), options or {})
+        self._grammar = choose_grammar(package, (options or {}).get("use_grammar"))
 
     def build(
         self,
@@ -69,7 +68,7 @@ class RequestBuilder:
         conversation = build_messages(
             prompt=prompt, messages=messages, schema=schema, dialect=dialect or self._dialect, system=system
         )
-        params = self._override(self._params, options) if options else self._params
+        params = override_params(self._params, options) if options else self._params
         token_ids = encode_chat(self._tokenizer, conversation)
         room = self._context_length - len(token_ids)
         if room < 1:
@@ -79,39 +78,65 @@ class RequestBuilder:
             )
         if params.max_tokens > room:
             params = replace(params, max_tokens=room)
-        chosen = self._grammar if use_grammar is None else self._choose_grammar(use_grammar)
+        chosen = self._grammar if use_grammar is None else choose_grammar(self._package, use_grammar)
         return Request(request_id, token_ids, params, chosen)
 
-    def _override(self, params: SamplingParams, options: Mapping[str, Any]) -> SamplingParams:
-        unknown = sorted(set(options) - set(OPTION_NAMES))
-        if unknown:
-            raise InvalidRequestError(
-                f"unknown option {', '.join(unknown)}", hint=f"The options are {', '.join(OPTION_NAMES)}."
-            )
-        given = {name: value for name, value in options.items() if value is not None and name != "use_grammar"}
-        return replace(params, **given)
 
-    def _choose_grammar(self, use_grammar: bool | None) -> str | None:
-        if use_grammar not in (None, True, False):
-            raise InvalidRequestError(f"use_grammar is {use_grammar!r}", hint="Give true or false.")
-        wanted = self._package.manifest.decoding.use_grammar if use_grammar is None else use_grammar
-        if not wanted:
-            return None
-        if self._package.grammar is None:
-            if use_grammar:
-                raise GrammarError(
-                    f"{self._package.label} has no grammar", hint="Leave use_grammar out, or pack a grammar.gbnf."
-                )
-            return None
-        if not grammars.is_available():
-            if use_grammar:
-                raise MissingDependencyError(
-                    f"use_grammar is asked for {self._package.label}, and xgrammar is not installed",
-                    hint=grammars.INSTALL_HINT,
-                )
-            grammars.warn_unavailable(self._package.label)
-            return None
-        return self._package.grammar
+def check_options(package: ExpertPackage, options: Mapping[str, Any]) -> None:
+    """Find out whether options can be honoured, without loading anything.
+
+    Raises:
+        As `RequestBuilder`.
+    """
+    override_params(manifest_params(package), options)
+    choose_grammar(package, options.get("use_grammar"))
+
+
+def override_params(params: SamplingParams, options: Mapping[str, Any]) -> SamplingParams:
+    """The parameters with options put before them; an option that is None changes nothing.
+
+    Raises:
+        InvalidRequestError: An option is unknown or has a wrong value.
+    """
+    unknown = sorted(set(options) - set(OPTION_NAMES))
+    if unknown:
+        raise InvalidRequestError(
+            f"unknown option {', '.join(unknown)}", hint=f"The options are {', '.join(OPTION_NAMES)}."
+        )
+    given = {name: value for name, value in options.items() if value is not None and name != "use_grammar"}
+    return replace(params, **given)
+
+
+def choose_grammar(package: ExpertPackage, use_grammar: bool | None) -> str | None:
+    """The grammar to hold answers to, or None.
+
+    Args:
+        package: Its manifest decides where `use_grammar` is None. A grammar that only the manifest asks for is left
+            out, with one warning, when xgrammar is not installed.
+        use_grammar: What the caller asks for.
+
+    Raises:
+        InvalidRequestError: `use_grammar` is neither true, false nor None.
+        GrammarError: It is asked for, and the package has none.
+        MissingDependencyError: It is asked for, and xgrammar is not installed.
+    """
+    if use_grammar not in (None, True, False):
+        raise InvalidRequestError(f"use_grammar is {use_grammar!r}", hint="Give true or false.")
+    wanted = package.manifest.decoding.use_grammar if use_grammar is None else use_grammar
+    if not wanted:
+        return None
+    if package.grammar is None:
+        if use_grammar:
+            raise GrammarError(f"{package.label} has no grammar", hint="Leave use_grammar out, or pack a grammar.gbnf.")
+        return None
+    if not grammars.is_available():
+        if use_grammar:
+            raise MissingDependencyError(
+                f"use_grammar is asked for {package.label}, and xgrammar is not installed", hint=grammars.INSTALL_HINT
+            )
+        grammars.warn_unavailable(package.label)
+        return None
+    return package.grammar
 
 
 def manifest_params(package: ExpertPackage) -> SamplingParams:

@@ -9,7 +9,7 @@ from pipeline.engine.loader import load_base_model, load_tokenizer, merge_adapte
 from pipeline.engine.padded import PaddedEngine
 from pipeline.engine.requests import RequestBuilder
 from pipeline.engine.types import Engine
-from pipeline.errors import TokenizerError
+from pipeline.errors import AdapterError, TokenizerError
 from pipeline.package import ExpertPackage
 
 
@@ -49,8 +49,14 @@ def load_expert(
         ConfigError: The device or dtype is unknown or not there.
         InvalidRequestError: An option has a wrong value.
     """
-    tokenizer = load_tokenizer(package, base_path)
+    if package.manifest.soft_prompts:
+        raise AdapterError(
+            f"{package.label} has soft prompts, which the engine does not apply yet",
+            details=[f"soft_prompts[{at}]: {prompt.name}" for at, prompt in enumerate(package.manifest.soft_prompts)],
+            hint="Pack the expert without soft prompts, if its adapter was trained to answer without them.",
+        )
     base = load_base_model(base_path, device=device, dtype=dtype)
+    tokenizer = load_tokenizer(package, base_path)
     vocab_size = int(base.model.config.vocab_size)
     if len(tokenizer) > vocab_size:
         raise TokenizerError(

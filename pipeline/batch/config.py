@@ -1,0 +1,290 @@
+"""The validated job description: everything a batch job is told, checked once, before anything starts."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
+
+from pipeline.batch.config_problems import nearest, printable, problems_of
+from pipeline.engine.types import MAX_STOP_STRINGS
+from pipeline.errors import ConfigError, DatasetError
+
+MAX_SEED = (1 << 64) - 1
+
+
+def _path_text(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _path_texts(value: Any) -> Any:
+    return [_path_text(item) for item in value] if isinstance(value, list | tuple) else _path_text(value)
+
+
+def _stop_strings(value: Any) -> Any:
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _section(value: Any) -> Any:
+    """A section whose keys are all commented out reads as null."""
+    return {} if value is None else value
+
+
+def _ray_quantity(value: float) -> float:
+    if value > 1 and value != int(value):
+        raise PydanticCustomError("ray_quantity", "Ray shares out a resource below 1 in fractions, above it whole")
+    return value
+
+
+_Text = Annotated[str, Field(min_length=1)]
+_PathText = Annotated[_Text, BeforeValidator(_path_text)]
+_RayQuantity = Annotated[
+    float,
+    Field(ge=0, allow_inf_nan=False, json_schema_extra={"expected": "a number from 0 to 1, or a whole number"}),
+    AfterValidator(_ray_quantity),
+]
+_MODE = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ColumnsConfig(BaseModel):
+    """Which column of the dataset plays which role.
+
+    A role that is left out takes the column of its own name, when the dataset has one.
+    """
+
+    model_config = _MODE
+
+    prompt: _Text | None = Field(None, description="Column with the prompt, a string.")
+    messages: _Text | None = Field(
+        None, description="Column with a chat: a list of {role, content}, or that list as JSON."
+    )
+    id: _Text | None = Field(
+        None, description="Column with the row's identity; without it, the row's place in the dataset."
+    )
+    schema_: _Text | None = Field(
+        None, alias="schema", description="Column with a database schema for the system message."
+    )
+    system: _Text | None = Field(None, description="Column with the system message.")
+    dialect: _Text | None = Field(
+        None, description="Column with the dialect that goes with the schema, such as postgres."
+    )
+    expected: _Text | None = Field(None, description="Column with the right answer, to be compared with the given one.")
+
+
+class SamplingConfig(BaseModel):
+    """How the next token is chosen and when to stop. What is left out is the expert package's own default."""
+
+    model_config = _MODE
+
+    temperature: float | None = Field(
+        None, ge=0, le=100, allow_inf_nan=False, description="0 takes the most likely token; higher draws more freely."
+    )
+    top_p: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Draw from the smallest set of tokens with at least this probability.",
+    )
+    top_k: int | None = Field(
+        None, ge=0, le=1 << 31, description="Draw from this many most likely tokens; 0 draws from all."
+    )
+    min_p: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Leave out tokens less likely than this share of the most likely one.",
+    )
+    repetition_penalty: float | None = Field(
+        None,
+        gt=0,
+        le=100,
+        allow_inf_nan=False,
+        description="Divides the score of tokens already seen; 1 changes nothing.",
+    )
+    max_tokens: int | None = Field(
+        None, ge=1, le=1 << 31, description="At most this many tokens are generated for a row."
+    )
+    stop: Annotated[tuple[_Text, ...], Field(max_length=MAX_STOP_STRINGS), BeforeValidator(_stop_strings)] | None = (
+        Field(
+            None,
+            description="A string or a list of strings that end the text; they are cut from it.",
+            json_schema_extra={"expected": f"a non-empty string or a list of at most {MAX_STOP_STRINGS} of them"},
+        )
+    )
+    use_grammar: bool | None = Field(
+        None, description="Whether the package's grammar constrains the text; true is an error when it cannot."
+    )
+
+
+class BatchConfig(BaseModel):
+    """A batch job: which rows, which expert, where to, and how.
+
+    Frozen. `from_options` and `config_file.load_config` make one and raise `ConfigError`; the plain constructor raises
+    pydantic's own error.
+    """
+
+    model_config = _MODE
+
+    dataset: _PathText | Annotated[list[_PathText], Field(min_length=1), BeforeValidator(_path_texts)] = Field(
+        description="Path, glob pattern or URL of the input files, or a list of them.",
+        json_schema_extra={"expected": "a path, glob pattern or URL, or a list of them"},
+    )
+    format: Literal["parquet", "jsonl", "csv"] | None = Field(
+        None, description="Format of the input files; left out, their file names tell."
+    )
+    expert: _PathText = Field(
+        description="Path or URL of the expert package.", json_schema_extra={"expected": "a path or URL of a package"}
+    )
+    base_model: _PathText | None = Field(
+        None, description="Path or Hugging Face id of the base model; left out, the package's manifest names it."
+    )
+    models: Annotated[dict[str, _PathText], BeforeValidator(_section)] = Field(
+        default_factory=dict,
+        description="Where base models are: from the name in a manifest to a path or Hugging Face id.",
+    )
+    output: _PathText = Field(
+        description="Folder or URL that receives the answers.", json_schema_extra={"expected": "a folder or URL"}
+    )
+    output_format: Literal["parquet", "jsonl"] | None = Field(
+        None, description="Format of the answers; left out, that of the input (Parquet for CSV)."
+    )
+    output_prefix: str = Field(
+        "",
+        max_length=100,
+        pattern=r"^([A-Za-z0-9_][A-Za-z0-9._-]*)?$",
+        description="Put before the names of the columns we add, when the dataset has columns of those names.",
+        json_schema_extra={
+            "expected": "a string of at most 100 letters, digits, '.', '_' and '-', the first no '.' or '-'"
+        },
+    )
+    columns: Annotated[ColumnsConfig, BeforeValidator(_section)] = Field(
+        default_factory=ColumnsConfig, description="Which column of the dataset plays which role."
+    )
+    sampling: Annotated[SamplingConfig, BeforeValidator(_section)] = Field(
+        default_factory=SamplingConfig, description="How tokens are chosen; what is left out, the package decides."
+    )
+    seed: int = Field(
+        0, ge=0, le=MAX_SEED, description="Seed of the job; a row's draws depend on it and on the row alone."
+    )
+    shard_rows: int = Field(
+        256, ge=1, le=1_000_000, description="Rows in a shard: the unit that is retried, and one file of the output."
+    )
+    num_workers: int | None = Field(
+        None, ge=1, description="Workers; left out, one for each GPU of the cluster, or one where there is none."
+    )
+    num_gpus: _RayQuantity | None = Field(
+        None,
+        description="GPUs of each worker, a fraction to share one; left out, 1 where the cluster has GPUs, else 0.",
+    )
+    num_cpus: _RayQuantity | None = Field(
+        None, description="CPU cores reserved for each worker; left out, Ray's own default."
+    )
+    batch_size: int = Field(64, ge=1, description="At most this many sequences are answered together.")
+    max_batch_tokens: int = Field(
+        16384, ge=1, description="At most this many padded tokens (prompt and new) in one batch."
+    )
+    device: _Text | None = Field(
+        None, description="Device of each worker, such as cuda or cpu; left out, the best there is."
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="Number format of the weights; left out, what suits the device."
+    )
+    cache_dir: _PathText | None = Field(
+        None,
+        description="Folder on each machine for unpacked packages and downloads; left out, the user's cache folder.",
+    )
+    storage_options: Annotated[dict[str, Any], BeforeValidator(_section)] = Field(
+        default_factory=dict,
+        description="Options of the storage (fsspec), such as an endpoint. Not for secrets: the environment is.",
+    )
+    ray_address: _Text | None = Field(
+        None,
+        description="Ray cluster to join; left out, that of RAY_ADDRESS or a running one, else one is started here.",
+    )
+    progress_seconds: float = Field(
+        5.0, gt=0, allow_inf_nan=False, description="Seconds between two progress lines in a log."
+    )
+
+    @classmethod
+    def from_options(cls, **options: Any) -> Self:
+        """Make a configuration from keyword arguments.
+
+        Args:
+            options: The fields by name; `columns` and `sampling` as mappings or objects, paths as strings or `Path`s.
+
+        Raises:
+            ConfigError: An option is unknown, missing or wrong; every one is named, with what was expected.
+        """
+        try:
+            return cls.model_validate(options)
+        except ValidationError as error:
+            problems = problems_of(error, cls, options)
+            raise ConfigError(
+                "the options of the batch job are not valid",
+                details=[f"{problem.key}: {problem.message}" for problem in problems],
+                hint="correct the options above; configs/batch.yaml in the project lists every one",
+            ) from error
+
+
+@dataclass(frozen=True)
+class ResolvedColumns:
+    """The dataset's column for each role; None where it has none. At least one of prompt and messages is there."""
+
+    prompt: str | None
+    messages: str | None
+    id: str | None
+    schema: str | None
+    system: str | None
+    dialect: str | None
+    expected: str | None
+
+
+def resolve_columns(columns: ColumnsConfig, available: Sequence[str]) -> ResolvedColumns:
+    """Find the column for each role.
+
+    A role without a name takes the column of its own name, if there is one. When only one of prompt and messages is
+    named, the other takes none: the named one is meant.
+
+    Args:
+        columns: The names a person gave.
+        available: The names of the dataset's columns.
+
+    Raises:
+        DatasetError: A named column is not in the dataset, or there is neither a prompt nor a messages column.
+    """
+    named: Mapping[str, str | None] = columns.model_dump(by_alias=True)
+    missing = [(role, name) for role, name in named.items() if name is not None and name not in available]
+    if missing:
+        raise DatasetError(
+            f"the dataset has no column {', '.join(repr(name) for _, name in missing)}",
+            details=[f"columns.{role}: {_no_column(name, available)}" for role, name in missing],
+            hint=f"name columns that the dataset has: {_listed(available)}",
+        )
+    found = {role: name or (role if role in available else None) for role, name in named.items()}
+    for role, other in (("prompt", "messages"), ("messages", "prompt")):
+        if named[role] is not None and named[other] is None:
+            found[other] = None
+    if found["prompt"] is None and found["messages"] is None:
+        raise DatasetError(
+            "the dataset has neither a column `prompt` nor a column `messages`",
+            details=[f"its columns are: {_listed(available)}"],
+            hint="say which column holds the prompts: columns.prompt or columns.messages",
+        )
+    return ResolvedColumns(**found)
+
+
+def _no_column(name: str, available: Sequence[str]) -> str:
+    match = nearest(name, available)
+    near = f"; did you mean {match!r}?" if match is not None else ""
+    return f"no column {name!r}{near}"
+
+
+def _listed(names: Sequence[str], most: int = 40) -> str:
+    more = [f"and {len(names) - most} more"] if len(names) > most else []
+    return ", ".join([*(printable(name) for name in names[:most]), *more]) or "none"

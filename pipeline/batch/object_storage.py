@@ -1,0 +1,99 @@
+"""Create-only objects in S3 and Google Cloud Storage, through fsspec."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.batch.filesystems import translated
+from pipeline.errors import OutputError
+
+PROTOCOLS = ("s3", "s3a", "gs", "gcs")
+_RETRY_SECONDS = (0.2, 1.0, 3.0)
+
+
+@dataclass(frozen=True)
+class ObjectStorage:
+    """A folder in an object store; see `storage.Storage`.
+
+    An object appears whole or not at all, and a conditional write (`If-None-Match: *` in S3, generation 0 in GCS) is
+    refused when the name is taken.
+
+    Args:
+        filesystem: Its fsspec file system, without a cache of listings.
+        root: The folder, as the file system writes it: bucket and prefix.
+    """
+
+    filesystem: Any
+    root: str
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Create an object with all its content, unless there is one of that name; see `Storage.create`.
+
+        A store may answer a lost race in several ways (412, 409, or after a retry of its own): what counts is whether
+        the name is taken afterwards.
+        """
+        with self._translated(name, "written"):
+            for pause in (*_RETRY_SECONDS, None):
+                try:
+                    self.filesystem.pipe_file(self._path(name), data, mode="create")
+                except FileExistsError:
+                    return False
+                except PermissionError:
+                    raise
+                except OSError:
+                    if self._is_taken(name):
+                        return False
+                    if pause is None:
+                        raise
+                    time.sleep(pause)
+                else:
+                    return True
+        return False
+
+    def read(self, name: str) -> bytes:
+        """The content of an object; see `Storage.read`."""
+        with self._translated(name, "read"):
+            return bytes(self.filesystem.cat_file(self._path(name)))
+
+    def exists(self, name: str) -> bool:
+        """Whether there is an object of that name."""
+        with self._translated(name, "looked at"):
+            return self._is_taken(name)
+
+    def list(self, prefix: str = "") -> dict[str, int]:
+        """Name and size of every object below a subfolder; see `Storage.list`."""
+        with self._translated(prefix, "listed"):
+            self.filesystem.invalidate_cache()
+            found = self.filesystem.find(self._path(prefix), detail=True)
+        start = len(self.root) + 1
+        sizes = {path[start:]: int(info["size"]) for path, info in found.items() if not path.endswith("/")}
+        return dict(sorted(sizes.items()))
+
+    def remove_tree(self, prefix: str) -> None:
+        """Remove a subfolder and what is in it; see `Storage.remove_tree`."""
+        names = self.list(prefix)
+        if names:
+            with self._translated(prefix, "removed"):
+                self.filesystem.rm([self._path(name) for name in names])
+
+    def url(self, name: str) -> str:
+        """The URL of an object."""
+        return str(self.filesystem.unstrip_protocol(self._path(name)))
+
+    def _path(self, name: str) -> str:
+        return f"{self.root}/{name}".rstrip("/")
+
+    def _is_taken(self, name: str) -> bool:
+        self.filesystem.invalidate_cache(self._path(name))
+        try:
+            return bool(self.filesystem.info(self._path(name))["type"] == "file")
+        except FileNotFoundError:
+            return False
+
+    @contextmanager
+    def _translated(self, name: str, what: str) -> Iterator[None]:
+        hint = "Check that the bucket exists, and that the credentials may write, read and list there."
+        with translated(f"{self.url(name)} cannot be {what}", OutputError, hint=hint):
+            yield

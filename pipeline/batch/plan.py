@@ -1,0 +1,156 @@
+"""From a configuration to a job that is ready to run: package, shards, columns, fingerprint, output."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.batch.commit import JobOutput
+from pipeline.batch.config import BatchConfig, ResolvedColumns, resolve_columns
+from pipeline.batch.filesystems import protocol_of
+from pipeline.batch.parts import PartFormat, plan_part_format
+from pipeline.batch.shards import ShardPlan
+from pipeline.batch.source import plan_shards
+from pipeline.batch.storage import open_storage
+from pipeline.engine.requests import check_options
+from pipeline.errors import ConfigError
+from pipeline.package import ExpertPackage, model_digest, open_package, resolve_base_model
+
+FINGERPRINT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PreparedJob:
+    """A job that is ready to run.
+
+    Args:
+        config: What was asked for.
+        package: The expert, verified.
+        base_path: Its base model's directory.
+        plan: The shards.
+        columns: Which column plays which role.
+        part_format: How parts are written.
+        output: Where they are committed.
+    """
+
+    config: BatchConfig
+    package: ExpertPackage
+    base_path: Path
+    plan: ShardPlan
+    columns: ResolvedColumns
+    part_format: PartFormat
+    output: JobOutput
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The sampling options that go before the manifest's."""
+        return sampling_options(self.config)
+
+
+def prepare(config: BatchConfig) -> PreparedJob:
+    """Open the package, find its base model, plan the shards and draw up the job's fingerprint. Nothing is written.
+
+    Raises:
+        LoadError: The package or its base model cannot be used.
+        DatasetError: The dataset cannot be found or read, or lacks a column.
+        OutputError: The output is at a place that cannot hold one.
+        InferenceError: A sampling option cannot be honoured.
+    """
+    cache_dir = None if config.cache_dir is None else Path(config.cache_dir)
+    package = open_package(absolute(config.expert), cache_dir=cache_dir)
+    base_path = resolve_base_model(
+        package.base, base_model=config.base_model, models=config.models, package=package.label
+    )
+    check_options(package, sampling_options(config))
+    plan = plan_shards(
+        config.dataset, format=config.format, shard_rows=config.shard_rows, storage_options=config.storage_options
+    )
+    refuse_nested(config, plan)
+    columns = resolve_columns(config.columns, plan.columns)
+    fingerprint = job_fingerprint(config, package, base_path, plan, columns)
+    part_format = plan_part_format(
+        plan,
+        kind=config.output_format,
+        output_prefix=config.output_prefix,
+        expert=package.label,
+        expert_sha256=package.digest,
+        metadata={"expert_pipeline.fingerprint": digest_of(fingerprint)},
+    )
+    output = JobOutput(
+        storage=open_storage(config.output, config.storage_options),
+        fingerprint=fingerprint,
+        kind=part_format.kind,
+        num_shards=len(plan.shards),
+        prefix=config.output_prefix,
+    )
+    return PreparedJob(config, package, base_path.resolve(), plan, columns, part_format, output)
+
+
+def refuse_nested(config: BatchConfig, plan: ShardPlan) -> None:
+    """Refuse an output inside the dataset: the answers would be questions the next time.
+
+    Raises:
+        ConfigError: The output folder lies in a folder of the dataset, or holds files of it.
+    """
+    output = absolute(config.output).rstrip("/") + "/"
+    items = [config.dataset] if isinstance(config.dataset, str) else config.dataset
+    folders = [folder for folder in (absolute(item).rstrip("/") + "/" for item in items) if output.startswith(folder)]
+    around = [folder for folder in folders if not _is_skipped(output.removeprefix(folder))]
+    inside = [
+        shard.path
+        for shard in plan.shards
+        if shard.path.startswith(output) and not _is_skipped(shard.path.removeprefix(output))
+    ]
+    if around or inside:
+        raise ConfigError(
+            f"the output {config.output} lies inside the dataset",
+            details=[f"dataset: {place}" for place in (around or inside)[:3]],
+            hint="Name an output folder outside the dataset, or one whose name begins with an underscore.",
+        )
+
+
+def _is_skipped(path: str) -> bool:
+    """Whether listing a dataset would pass over this path."""
+    return any(part.startswith(("_", ".")) for part in path.split("/"))
+
+
+def job_fingerprint(
+    config: BatchConfig, package: ExpertPackage, base_path: Path, plan: ShardPlan, columns: ResolvedColumns
+) -> dict[str, Any]:
+    """Everything the answers depend on, and nothing else: no paths, no times, no number of workers.
+
+    Returns:
+        Field to value; the output folder keeps it, and refuses a job with another.
+    """
+    return {
+        "fingerprint_version": FINGERPRINT_VERSION,
+        "expert": package.label,
+        "expert_sha256": package.digest,
+        "base_model": package.base.name,
+        "base_model_sha256": model_digest(base_path),
+        "dtype": config.dtype or "auto",
+        "columns": {role: name for role, name in asdict(columns).items() if name is not None and role != "expected"},
+        "sampling": sampling_options(config),
+        "seed": config.seed,
+        "dataset_sha256": plan.digest,
+        "shard_rows": config.shard_rows,
+    }
+
+
+def sampling_options(config: BatchConfig) -> dict[str, Any]:
+    """The sampling options a configuration sets, as plain values."""
+    given = config.sampling.model_dump(exclude_none=True)
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+
+
+def digest_of(fingerprint: Mapping[str, Any]) -> str:
+    """SHA-256 of a fingerprint, in hex."""
+    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
+
+
+def absolute(path: str) -> str:
+    """The path from the root, for processes with another working directory; a URL stays as it is."""
+    return path if protocol_of(path) != "file" else os.path.abspath(path)  # noqa: PTH100  # Path.resolve follows links

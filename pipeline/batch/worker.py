@@ -1,0 +1,149 @@
+"""The actor of a batch job: it holds one engine and answers shards."""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.batch.commit import JobOutput, Receipt
+from pipeline.batch.config import ResolvedColumns
+from pipeline.batch.parts import AnsweredRow, PartFormat, encode_part
+from pipeline.batch.rows import Row, iter_rows
+from pipeline.batch.shards import Shard
+from pipeline.engine.types import Completion, Failure, Request
+from pipeline.errors import ExpertError, IntegrityError, InvalidRequestError
+
+
+@dataclass(frozen=True)
+class WorkerJob:
+    """Everything a worker is told; it travels to every actor once."""
+
+    package: str
+    package_sha256: str
+    base_path: str
+    cache_dir: str | None
+    device: str | None
+    dtype: str | None
+    num_threads: int | None
+    batch_size: int
+    max_batch_tokens: int
+    options: Mapping[str, Any]
+    columns: ResolvedColumns
+    seed: int
+    output: JobOutput
+    part_format: PartFormat
+
+
+class ShardWorker:
+    """Answers one shard a call and commits it; only the receipt goes back.
+
+    Args:
+        job: What to answer with, and where to write.
+
+    Raises:
+        LoadError: The package or the base model cannot be used on this machine.
+    """
+
+    def __init__(self, job: WorkerJob) -> None:
+        import torch
+
+        from pipeline.engine.runtime import load_expert
+        from pipeline.package import open_package
+
+        if job.num_threads is not None:
+            torch.set_num_threads(min(job.num_threads, os.cpu_count() or 1))
+        self._job = job
+        self._package = open_package(job.package, cache_dir=None if job.cache_dir is None else Path(job.cache_dir))
+        if self._package.digest != job.package_sha256:
+            raise IntegrityError(
+                f"{job.package} is not the package the job was planned with",
+                details=(f"there {self._package.digest}, planned {job.package_sha256}",),
+                hint="Do not replace a package while a job runs; start the job again in another output folder.",
+            )
+        self._expert = load_expert(
+            self._package,
+            Path(job.base_path),
+            device=job.device,
+            dtype=job.dtype,
+            batch_size=job.batch_size,
+            max_batch_tokens=job.max_batch_tokens,
+            options=job.options,
+        )
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Answer the shards of a block; see `blocks.shard_block` for its form.
+
+        Returns:
+            A row a shard: `receipt` (JSON) and `seconds` (of work).
+        """
+        receipts, seconds = [], []
+        for text, rows in zip(block["shard"].to_pylist(), block["rows"].to_pylist(), strict=True):
+            started = time.monotonic()
+            shard = Shard.from_json(text)
+            with pa.ipc.open_stream(rows) as reader:
+                table = reader.read_all()
+            receipts.append(self._answer(shard, table).to_json())
+            seconds.append(time.monotonic() - started)
+        return pa.table({"receipt": receipts, "seconds": seconds})
+
+    def _answer(self, shard: Shard, table: pa.Table) -> Receipt:
+        form = self._job.part_format
+        rows = list(iter_rows(shard, table))
+        answers: dict[str, Completion] = {}
+        requests: list[Request] = []
+        for position, row in enumerate(rows):
+            if row.failure is not None or form.misfit(row.values) is not None:
+                continue
+            try:
+                requests.append(self._request(str(position), row))
+            except ExpertError as error:
+                answers[str(position)] = _failed(str(position), error)
+        answers |= {completion.request_id: completion for completion in self._expert.engine.generate(requests)}
+        answered = [AnsweredRow(row, answers.get(str(position))) for position, row in enumerate(rows)]
+        return self._job.output.commit(shard.index, encode_part(answered, form, table))
+
+    def _request(self, request_id: str, row: Row) -> Request:
+        columns = self._job.columns
+        fields = {
+            field: row.values.get(column)
+            for field, column in vars(columns).items()
+            if column is not None and field in ("prompt", "messages", "schema", "system", "dialect")
+        }
+        if isinstance(fields.get("messages"), str):
+            fields["messages"] = _messages_from_json(fields["messages"])
+        identity = row.values.get(columns.id) if columns.id is not None else None
+        seed = row_seed(self._job.seed, row.identity if identity is None else f"id:{identity}")
+        return self._expert.requests.build(request_id, **fields, options={"seed": seed})
+
+
+def row_seed(job_seed: int, identity: str) -> int:
+    """The seed of a row's draws: it depends on the job's seed and the row alone.
+
+    Args:
+        job_seed: From the job's configuration.
+        identity: The row's id, or its place in its file.
+
+    Returns:
+        A whole number below 2**64.
+    """
+    digest = blake2b(identity.encode(), key=job_seed.to_bytes(8, "little"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _messages_from_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InvalidRequestError(
+            f"messages is text that is not JSON: {error}", hint="Give a list of {role, content}, or that list as JSON."
+        ) from error
+
+
+def _failed(request_id: str, error: ExpertError) -> Completion:
+    return Completion(request_id, "", "error", 0, 0, Failure(error.code, error.message))

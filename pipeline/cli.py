@@ -1,0 +1,220 @@
+"""The `expert` command. Every command is thin: it calls the API that a program would call.
+
+Exit codes: 0 when it worked, 1 when it did not, 2 when it was called wrongly, 130 when it was interrupted.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from pipeline.errors import ConfigError, ExpertError, InvalidRequestError
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(
+    help="Answer datasets and prompts with expert packages.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+class FileFormat(StrEnum):
+    """Formats of a demo dataset."""
+
+    parquet = "parquet"
+    jsonl = "jsonl"
+
+
+class DemoTask(StrEnum):
+    """The demo's tasks."""
+
+    sql = "sql"
+    cypher = "cypher"
+    json = "json"
+
+
+PackageArgument = Annotated[str, typer.Argument(help="A .expert file, an unpacked directory, or a URL.")]
+BaseModelOption = Annotated[
+    str | None, typer.Option(help="The base model's directory or Hugging Face id; by the manifest's name if not given.")
+]
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="A YAML file; configs/batch.yaml shows every key.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys to override.")] = None,
+) -> None:
+    """Run a batch job, or continue it.
+
+    Example: expert run configs/demo.yaml num_workers=2 sampling.max_tokens=64
+    """
+    run_job(config, overrides or [])
+
+
+def run_job(config: Path, overrides: list[str]) -> None:
+    """Run the batch job of a configuration file and print its report; the process ends with an exit code on errors."""
+    with errors_on_exit():
+        from pipeline.batch import run_config
+        from pipeline.batch.config_file import load_config
+
+        result = run_config(load_config(config, overrides))
+        typer.echo(str(result.report))
+
+
+@app.command()
+def generate(
+    package: PackageArgument,
+    prompt: Annotated[str, typer.Argument(help="The question; - reads it from standard input.")],
+    schema: Annotated[str | None, typer.Option(help="The schema, as text; @FILE reads it from a file.")] = None,
+    dialect: Annotated[str | None, typer.Option(help="The query dialect; the expert's own if not given.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    base_model: BaseModelOption = None,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the most likely token.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="At most this many tokens are generated.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the draws.")] = None,
+    grammar: Annotated[bool | None, typer.Option(help="Hold the answer to the package's grammar.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole result as JSON.")] = False,
+) -> None:
+    """Answer one prompt.
+
+    Example: expert generate expert-sql.expert "List the name of all users." --schema @schema.sql
+    """
+    with errors_on_exit():
+        from pipeline.expert import Expert
+
+        question = sys.stdin.read() if prompt == "-" else prompt
+        with Expert.load(package, device=device, base_model=base_model) as expert:
+            result = expert.generate(
+                question,
+                schema=_text_or_file(schema),
+                dialect=dialect,
+                system=system,
+                temperature=temperature,
+                max_tokens=max_tokens,
+                seed=seed,
+                use_grammar=grammar,
+            )
+        typer.echo(json.dumps(result.to_dict(), ensure_ascii=False, indent=2) if as_json else result.text)
+
+
+@app.command()
+def inspect(
+    package: PackageArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Verify a package and show what is in it."""
+    with errors_on_exit():
+        from pipeline.package import open_package
+
+        card = package_card(open_package(package))
+        if as_json:
+            typer.echo(json.dumps(card, ensure_ascii=False, indent=2))
+            return
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        for name, value in card.items():
+            lines = value if isinstance(value, list) else [value]
+            table.add_row(f"[bold]{name}[/bold]", escape("\n".join(map(str, lines)) or "-"))
+        Console().print(table)
+
+
+def package_card(package: Any) -> dict[str, Any]:
+    """What `expert inspect` shows of a package, as plain values."""
+    manifest, adapter, decoding = package.manifest, package.adapter, package.manifest.decoding
+    targets = adapter.target_modules
+    return {
+        "package": package.label,
+        "description": manifest.description or "",
+        "license": manifest.license or "",
+        "digest": f"sha256:{package.digest}",
+        "base model": package.base.name,
+        "adapter": f"{adapter.kind}, rank {adapter.r}" if adapter.kind != "ia3" else "ia3",
+        "modules": targets if isinstance(targets, str) else ", ".join(sorted(targets or ())),
+        "size": f"{sum(record.size for record in package.files):,} bytes in {len(package.files)} files",
+        "tokenizer": "its own" if package.tokenizer_dir else "the base model's",
+        "grammar": "none" if package.grammar is None else f"{len(package.grammar.encode()):,} bytes of GBNF",
+        "decoding": ", ".join(
+            f"{name} {value}"
+            for name, value in decoding.model_dump().items()
+            if value not in (None, (), [], False) and name != "grammar_type"
+        ),
+        "capabilities": list(manifest.capabilities),
+        "warnings": list(package.warnings),
+    }
+
+
+@app.command("demo-data")
+def demo_data(
+    path: Annotated[Path, typer.Argument(help="The file to write.")],
+    rows: Annotated[int, typer.Option(help="How many questions.", min=1)] = 2000,
+    file_format: Annotated[FileFormat, typer.Option("--format", help="How to write them.")] = FileFormat.parquet,
+    task: Annotated[DemoTask, typer.Option(help="Which expert they are for.")] = DemoTask.sql,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same questions.")] = 1,
+) -> None:
+    """Make a dataset of questions with their right answers.
+
+    Example: expert demo-data questions.parquet --rows 10000
+    """
+    with errors_on_exit():
+        from pipeline.demo.questions import write_questions
+
+        write_questions(path, rows, task=task.value, seed=seed, file_format=file_format.value)
+        typer.echo(f"{rows:,} questions in {path}")
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where the questions and answers go.")] = Path("demo-output"),
+    rows: Annotated[int, typer.Option(help="How many questions.", min=1)] = 2000,
+) -> None:
+    """Answer generated questions with the demo's SQL expert on a local Ray, and check the answers."""
+    with errors_on_exit():
+        from pipeline.demo.show import run_demo
+
+        run_demo(folder, rows, Console())
+
+
+@contextmanager
+def errors_on_exit() -> Iterator[None]:
+    """Print an error of ours without a traceback, and end the process with an exit code."""
+    try:
+        yield
+    except ExpertError as error:
+        console = Console(stderr=True, soft_wrap=True)
+        console.print(f"[bold red]{type(error).__name__}:[/bold red] {escape(str(error))}", highlight=False)
+        usage = isinstance(error, ConfigError | InvalidRequestError)
+        raise typer.Exit(EXIT_USAGE if usage else EXIT_FAILED) from error
+    except KeyboardInterrupt as error:
+        typer.echo("interrupted; what is committed stays, and the same command continues", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from error
+
+
+def _text_or_file(value: str | None) -> str | None:
+    if value is None or not value.startswith("@"):
+        return value
+    try:
+        return Path(value[1:]).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{value[1:]} cannot be read: {error}", hint="Name a text file after @, or give the schema itself."
+        ) from error
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""`expert demo`: a real job from beginning to end, and whether its answers are right."""
+
+import os
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import demo
+from pipeline.batch import BatchResult, run_batch
+from pipeline.demo.questions import write_questions
+from pipeline.demo.scoring import exact_match, execution_match
+
+SAMPLES = 8
+
+
+def run_demo(folder: Path, rows: int, console: Console) -> BatchResult:
+    """Make questions, answer them with the SQL expert through `run_batch`, and print how it went.
+
+    Args:
+        folder: Receives `questions-<rows>.parquet` and `answers-<rows>/`. Run again, the job is found complete.
+        rows: How many questions.
+        console: Where to print.
+    """
+    questions, answers = folder / f"questions-{rows}.parquet", folder / f"answers-{rows}"
+    if not questions.exists():
+        console.print(f"Making {rows:,} questions that the demo model has never seen ...")
+        write_questions(questions, rows, task="sql")
+    console.print(f"Answering {questions} with {demo.package('sql').name} on Ray ...")
+    result = run_batch(
+        str(questions), demo.package("sql"), base_model=demo.BASE_MODEL, output=answers, num_workers=demo_workers()
+    )
+    frame = result.to_pandas()
+    console.print(_samples(frame))
+    report = result.report
+    if report.already_complete:
+        console.print("[bold]The job was already complete[/bold]; nothing was computed again.")
+    exact = [exact_match(answer, expected) for answer, expected in zip(frame["text"], frame["expected"], strict=True)]
+    executed = [
+        execution_match(schema, answer, expected)
+        for schema, answer, expected in zip(frame["schema"], frame["text"], frame["expected"], strict=True)
+    ]
+    console.print(f"exact match      {sum(exact) / rows:.1%} of {rows:,}")
+    console.print(f"execution match  {sum(executed) / rows:.1%} (both queries run in SQLite give the same rows)")
+    console.print(str(report), highlight=False)
+    return result
+
+
+def demo_workers() -> int:
+    """As many workers as this machine has cores, at most four: the demo model is too small to use two cores itself."""
+    return min(4, os.cpu_count() or 1)
+
+
+def _samples(frame: pd.DataFrame) -> Table:
+    table = Table(title=f"{SAMPLES} of {len(frame):,} answers", title_justify="left")
+    for name in ("question", "answer", ""):
+        table.add_column(name, overflow="fold")
+    step = max(1, len(frame) // SAMPLES)
+    for _, row in frame.iloc[::step].head(SAMPLES).iterrows():
+        right = exact_match(row["text"], row["expected"])
+        table.add_row(str(row["prompt"]), str(row["text"]), "[green]right[/green]" if right else "[red]wrong[/red]")
+    return table

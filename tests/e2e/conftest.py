@@ -1,0 +1,42 @@
+"""A real Ray of two cores, started once for the tests of this folder and ended with them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline import demo
+from pipeline.demo.questions import write_questions
+
+ROWS = 200
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    import ray
+
+    from pipeline.batch.cluster import connect
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        connect("local")
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Parquet file of questions for the SQL expert."""
+    return write_questions(tmp_path_factory.mktemp("questions") / "questions.parquet", ROWS)
+
+
+@pytest.fixture(scope="session")
+def job_options(questions: Path) -> dict[str, object]:
+    """What `run_batch` is given throughout: the demo's SQL expert, in small shards."""
+    return {
+        "dataset": str(questions),
+        "expert": demo.package("sql"),
+        "base_model": demo.BASE_MODEL,
+        "shard_rows": 32,
+        "progress": False,
+    }

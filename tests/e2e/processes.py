@@ -1,0 +1,74 @@
+"""Programs of ours that a test starts, watches and ends by their process id."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+BIN = Path(sys.executable).parent
+PROJECT = Path(__file__).parents[2]
+
+
+def environment() -> dict[str, str]:
+    """This process's, without a cluster to join and with everything quiet."""
+    dropped = ("RAY_ADDRESS", "RAY_JOB_ID")
+    kept = {name: value for name, value in os.environ.items() if name not in dropped}
+    return {**kept, "RAY_USAGE_STATS_ENABLED": "0", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+
+
+def run(arguments: Sequence[str | Path], *, seconds: float = 180) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end."""
+    return subprocess.run(
+        list(map(str, arguments)),
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+        cwd=PROJECT,
+        env=environment(),
+    )
+
+
+@contextmanager
+def running(arguments: Sequence[str | Path], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A program in a process group of its own; the whole group is ended on leaving."""
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(
+            list(map(str, arguments)),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=PROJECT,
+            env=environment(),
+            start_new_session=True,
+        ) as process,
+    ):
+        try:
+            yield process
+        finally:
+            end_group(process)
+
+
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """Ask the group to end, and make it end when it does not."""
+    for sent, seconds in ((signal.SIGTERM, 15.0), (signal.SIGKILL, 15.0)):
+        try:
+            os.killpg(process.pid, sent)
+        except ProcessLookupError:
+            break
+        if wait_until(lambda: process.poll() is not None, seconds=seconds):
+            break
+
+
+def wait_until(condition: Callable[[], bool], *, seconds: float) -> bool:
+    """Whether the condition came true in time; it is looked at ten times a second."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.1)
+    return condition()

@@ -1,0 +1,83 @@
+"""The `expert` command: what it prints, and how it fails."""
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner, Result
+
+from pipeline import demo
+from pipeline.cli import app
+from pipeline.demo.questions import draw_questions
+
+SQL = str(demo.package("sql"))
+BASE = str(demo.BASE_MODEL)
+
+
+def expert(*arguments: str, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(app, list(arguments), input=stdin)
+
+
+def test_generate_prints_the_answer(tmp_path: Path) -> None:
+    question = next(iter(draw_questions("sql", 1)))
+    (tmp_path / "schema.sql").write_text(question.schema)
+    options = ["--base-model", BASE, "--device", "cpu"]
+    plain = expert("generate", SQL, question.prompt, "--schema", question.schema, *options)
+    assert plain.exit_code == 0, plain.stderr
+    from_file = expert("generate", SQL, "-", "--schema", f"@{tmp_path / 'schema.sql'}", *options, stdin=question.prompt)
+    assert from_file.stdout == plain.stdout
+    as_json = expert("generate", SQL, question.prompt, "--schema", question.schema, "--json", *options)
+    assert json.loads(as_json.stdout)["text"] == plain.stdout.rstrip("\n")
+
+
+def test_inspect_shows_the_card() -> None:
+    shown = expert("inspect", SQL)
+    assert shown.exit_code == 0, shown.stderr
+    for word in ("expert-sql@0.1.0", "demo-qwen3-2m", "dora, rank 12", "GBNF"):
+        assert word in shown.stdout
+    card = json.loads(expert("inspect", SQL, "--json").stdout)
+    assert card["adapter"] == "dora, rank 12"
+    assert card["digest"].startswith("sha256:")
+
+
+@pytest.mark.parametrize("task", demo.TASKS)
+def test_demo_data_writes_questions(task: demo.Task, tmp_path: Path) -> None:
+    parquet, jsonl = tmp_path / "a" / "q.parquet", tmp_path / "q.jsonl"
+    assert expert("demo-data", str(parquet), "--rows", "30", "--task", task).exit_code == 0
+    assert expert("demo-data", str(jsonl), "--rows", "30", "--task", task, "--format", "jsonl").exit_code == 0
+    table = pq.read_table(parquet)
+    assert table.column_names == ["id", "schema", "prompt", "expected"]
+    assert table.to_pylist() == [json.loads(line) for line in jsonl.read_text().splitlines()]
+    assert len(set(table["schema"].to_pylist())) < 30 == len(set(table["id"].to_pylist()))
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["generate", "nowhere.expert", "a"], 1, ["PackageNotFoundError", "nowhere.expert", "Fix:"]),
+        (["generate", SQL, "a"], 1, ["BaseModelError", "demo-qwen3-2m", "Fix:"]),
+        (["generate", SQL, " ", "--base-model", BASE], 2, ["InvalidRequestError", "prompt is empty", "Fix:"]),
+        (["generate", SQL, "a", "--schema", "@nowhere.sql"], 2, ["ConfigError", "nowhere.sql", "Fix:"]),
+        (["inspect", __file__], 1, ["ArchiveError", "Fix:"]),
+        (["run", "nowhere.yaml"], 2, ["ConfigError", "nowhere.yaml", "Fix:"]),
+        (["run", "configs/demo.yaml", "num_wrokers=2"], 2, ["ConfigError", "num_workers", "Fix:"]),
+        (["generate"], 2, ["Missing argument"]),
+        (["demo-data", "x.parquet", "--rows", "0"], 2, ["--rows"]),
+    ],
+)
+def test_a_mistake_is_told_without_a_traceback(
+    arguments: list[str], code: int, says: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[1])
+    failed = expert(*arguments)
+    assert failed.exit_code == code, failed.output
+    for words in says:
+        assert words in failed.stderr
+    assert "Traceback" not in failed.output
+
+
+def test_every_command_teaches_by_example() -> None:
+    for command in ("run", "generate", "demo-data"):
+        assert "Example: expert" in expert(command, "--help").stdout

@@ -1,0 +1,162 @@
+"""`Expert`: three lines, and what a person tries next."""
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from pipeline import Expert, InferenceResult, demo
+from pipeline.demo.questions import draw_questions
+from pipeline.errors import (
+    BaseModelError,
+    ConfigError,
+    GrammarError,
+    InferenceError,
+    InvalidRequestError,
+    PackageNotFoundError,
+    PromptTooLongError,
+)
+
+QUESTIONS = list(draw_questions("sql", 12))
+
+
+@pytest.fixture(scope="module")
+def expert() -> Expert:
+    return Expert.load(demo.package("sql"), base_model=demo.BASE_MODEL, device="cpu")
+
+
+def test_one_prompt(expert: Expert) -> None:
+    result = expert.generate("List the name of all users.", schema="CREATE TABLE users (id INT, name TEXT, age INT);")
+    assert result.text == "SELECT name FROM users"
+    assert result.finish_reason == "stop"
+    assert result.expert == "expert-sql@0.1.0"
+    assert len(result.expert_sha256) == 64
+    assert result.prompt_tokens > result.completion_tokens > 0
+    assert result.to_dict()["text"] == result.text
+
+
+def test_a_batch_equals_one_by_one_and_keeps_the_order(expert: Expert) -> None:
+    items = [{"prompt": question.prompt, "schema": question.schema} for question in QUESTIONS]
+    alone = [expert.generate(question.prompt, schema=question.schema) for question in QUESTIONS]
+    assert expert.generate_batch(items) == alone
+    assert expert.generate_batch(items[::-1]) == alone[::-1]
+
+
+def test_items_override_what_is_shared(expert: Expert) -> None:
+    question = QUESTIONS[0]
+    short, long = expert.generate_batch(
+        [{"prompt": question.prompt, "max_tokens": 1}, question.prompt], schema=question.schema, max_tokens=50
+    )
+    assert short.completion_tokens == 1
+    assert short.finish_reason == "length"
+    assert long.finish_reason == "stop"
+
+
+def test_one_bad_item_does_not_hinder_the_others(expert: Expert) -> None:
+    question = QUESTIONS[0]
+    good = {"prompt": question.prompt, "schema": question.schema}
+    results = expert.generate_batch([good, {"prompt": 5}, {"prompt": "users " * 2000}, good, 7, None])  # type: ignore[list-item]
+    assert [result.error.code if result.error else None for result in results] == [
+        None,
+        InvalidRequestError.code,
+        PromptTooLongError.code,
+        None,
+        InvalidRequestError.code,
+        InvalidRequestError.code,
+    ]
+    assert results[0] == results[3]
+    with pytest.raises(InvalidRequestError, match="prompt is int"):
+        expert.generate_batch([good, {"prompt": 5}], raise_on_error=True)
+
+
+@pytest.mark.parametrize(
+    ("call", "kind"),
+    [
+        ({"prompt": ""}, InvalidRequestError),
+        ({"prompt": "a", "temperature": -1}, InvalidRequestError),
+        ({"prompt": "a", "max_tokens": 0}, InvalidRequestError),
+        ({"prompt": "users " * 2000}, PromptTooLongError),
+        ({}, InvalidRequestError),
+    ],
+)
+def test_one_wrong_call_raises(expert: Expert, call: dict[str, object], kind: type[Exception]) -> None:
+    with pytest.raises(kind):
+        expert.generate(**call)  # type: ignore[arg-type]
+
+
+def test_a_grammar_that_is_not_there_is_an_error() -> None:
+    with (
+        Expert.load(demo.package("json"), base_model=demo.BASE_MODEL, device="cpu") as expert,
+        pytest.raises(GrammarError, match="has no grammar"),
+    ):
+        expert.generate("Maria lives in Lima.", use_grammar=True)
+
+
+def test_messages_are_a_prompt_too(expert: Expert) -> None:
+    question = QUESTIONS[0]
+    messages = [{"role": "user", "content": question.prompt}]
+    assert expert.generate(messages=messages, schema=question.schema) == expert.generate(
+        question.prompt, schema=question.schema
+    )
+
+
+def test_sampling_follows_the_seed(expert: Expert) -> None:
+    question = QUESTIONS[0]
+
+    def draw(seed: int) -> InferenceResult:
+        return expert.generate(question.prompt, schema=question.schema, temperature=5.0, seed=seed, use_grammar=False)
+
+    assert draw(1) == draw(1)
+    assert len({draw(seed).text for seed in range(5)}) > 1
+
+
+def test_threads_take_turns(expert: Expert) -> None:
+    wanted = [expert.generate(question.prompt, schema=question.schema).text for question in QUESTIONS]
+    found: dict[int, str] = {}
+
+    def ask(at: int) -> None:
+        found[at] = expert.generate(QUESTIONS[at].prompt, schema=QUESTIONS[at].schema).text
+
+    threads = [threading.Thread(target=ask, args=(at,)) for at in range(len(QUESTIONS))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert [found[at] for at in range(len(QUESTIONS))] == wanted
+
+
+def test_nothing_is_loaded_before_it_is_needed_and_nothing_after_close() -> None:
+    expert = Expert.load(demo.package("sql"), base_model=demo.BASE_MODEL, device="cpu")
+    assert "not loaded yet" in repr(expert)
+    with expert:
+        expert.generate("a")
+        assert "loaded" in repr(expert)
+    assert "closed" in repr(expert)
+    expert.close()
+    with pytest.raises(InferenceError, match="closed"):
+        expert.generate("a")
+
+
+def test_what_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(PackageNotFoundError, match="nowhere"):
+        Expert.load(tmp_path / "nowhere.expert")
+    with pytest.raises(BaseModelError) as caught:
+        Expert.load(demo.package("sql"))
+    assert len(caught.value.details) >= 2, "it lists every place that was tried"
+    with Expert.load(demo.package("sql"), base_model=demo.BASE_MODEL, device="nodevice") as expert:
+        with pytest.raises(ConfigError, match="nodevice"):
+            expert.generate("a")
+
+
+def test_an_unpacked_directory_is_a_package(tmp_path: Path) -> None:
+    import shutil
+
+    from pipeline.package import open_package
+
+    folder = shutil.copytree(open_package(demo.package("sql")).root, tmp_path / "unpacked")
+    question = QUESTIONS[0]
+    with (
+        Expert.load(folder, base_model=demo.BASE_MODEL, device="cpu") as unpacked,
+        Expert.load(demo.package("sql"), base_model=demo.BASE_MODEL, device="cpu") as packed,
+    ):
+        assert unpacked.generate(question.prompt) == packed.generate(question.prompt)

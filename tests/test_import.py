@@ -1,0 +1,49 @@
+"""Importing the package is quick, and brings in neither torch nor Ray before they are needed."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+HEAVY = ("torch", "ray", "transformers", "peft", "pandas", "pyarrow")
+
+
+def modules_after(statement: str) -> set[str]:
+    code = f"import sys\n{statement}\nprint(' '.join(name for name in sys.modules if '.' not in name))"
+    return set(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split())
+
+
+def test_import_pipeline_is_light() -> None:
+    assert not modules_after("import pipeline; pipeline.demo.BASE_MODEL; pipeline.errors.ExpertError") & set(HEAVY)
+
+
+@pytest.mark.parametrize("room", ["package", "engine"])
+def test_lower_rooms_know_no_ray(room: str) -> None:
+    assert not modules_after(f"import pipeline.{room}") & {"torch", "ray", "transformers", "peft"}
+
+
+def test_the_engine_runs_without_ray() -> None:
+    assert "ray" not in modules_after("import pipeline.engine.runtime, pipeline.expert")
+
+
+def test_import_pipeline_takes_no_time() -> None:
+    # Not a benchmark: the bound of the specification, against the best of five, is far above what it takes.
+    def best(statement: str) -> float:
+        times = []
+        for _ in range(5):
+            started = time.perf_counter()
+            subprocess.run([sys.executable, "-c", statement], check=True)
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    assert best("import pipeline") - best("pass") < 0.3
+
+
+def test_every_public_name_is_there() -> None:
+    import pipeline
+
+    for name in pipeline.__all__:
+        assert getattr(pipeline, name).__doc__, f"{name} has no docstring"
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = pipeline.nothing

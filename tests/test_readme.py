@@ -1,0 +1,44 @@
+"""The README is true: its Python runs, and what it names is there."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[1]
+README = (PROJECT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+PYTHON = [code for language, code in BLOCKS if language == "python"]
+CONSOLE = "\n".join(code for language, code in BLOCKS if language == "console")
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
+def test_its_python_runs(code: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=180, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    if "run_batch" in code:
+        assert "SELECT city, COUNT(*) FROM users GROUP BY city" in done.stdout
+        for age in (18, 30, 60):
+            assert f"age > {age}" in done.stdout
+
+
+def test_it_has_code_to_run() -> None:
+    assert len(PYTHON) >= 2
+    assert len(PYTHON[0].splitlines()) <= 14
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\(([^)#:]+)\)", " ".join(re.findall(r"\]\([^)]+\)", README))))))
+def test_its_links_lead_somewhere(target: str) -> None:
+    assert (PROJECT / target).exists()
+
+
+def test_its_commands_exist() -> None:
+    makefile = (PROJECT / "Makefile").read_text()
+    for target in set(re.findall(r"\bmake (\w+)", CONSOLE)):
+        assert f"\n{target}:" in makefile
+    for path in set(re.findall(r"\b(?:configs|jobs)/[\w.]+", README)):
+        assert (PROJECT / path).exists()
