@@ -95,10 +95,11 @@ def generate(
         from pipeline.expert import Expert
 
         question = sys.stdin.read() if prompt == "-" else prompt
+        schema_text = _text_or_file(schema)
         with Expert.load(package, device=device, base_model=base_model) as expert:
             result = expert.generate(
                 question,
-                schema=_text_or_file(schema),
+                schema=schema_text,
                 dialect=dialect,
                 system=system,
                 temperature=temperature,

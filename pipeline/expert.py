@@ -149,7 +149,7 @@ class Expert:
             PromptTooLongError: The prompt does not fit the model's context.
             GrammarError: `use_grammar` is asked for and the package has none.
         """
-        options = {
+        options: dict[str, Any] = {
             "temperature": temperature,
             "top_p": top_p,
             "top_k": top_k,

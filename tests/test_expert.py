@@ -143,9 +143,9 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(BaseModelError) as caught:
         Expert.load(demo.package("sql"))
     assert len(caught.value.details) >= 2, "it lists every place that was tried"
-    with Expert.load(demo.package("sql"), base_model=demo.BASE_MODEL, device="nodevice") as expert:
-        with pytest.raises(ConfigError, match="nodevice"):
-            expert.generate("a")
+    unknown = Expert.load(demo.package("sql"), base_model=demo.BASE_MODEL, device="nodevice")
+    with pytest.raises(ConfigError, match="nodevice"):
+        unknown.generate("a")
 
 
 def test_an_unpacked_directory_is_a_package(tmp_path: Path) -> None:

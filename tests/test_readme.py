@@ -31,7 +31,9 @@ def test_it_has_code_to_run() -> None:
     assert len(PYTHON[0].splitlines()) <= 14
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\(([^)#:]+)\)", " ".join(re.findall(r"\]\([^)]+\)", README))))))
+@pytest.mark.parametrize(
+    "target", sorted(set(re.findall(r"\(([^)#:]+)\)", " ".join(re.findall(r"\]\([^)]+\)", README)))))
+)
 def test_its_links_lead_somewhere(target: str) -> None:
     assert (PROJECT / target).exists()
 

@@ -1,5 +1,6 @@
 """Tiny random models and adapters, made in seconds: what the tests compare engines on."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def make_adapted(kind: str, base: Path) -> peft.PeftModel:
     """The base with a random adapter of that kind, as PEFT runs it: the oracle."""
     model = Qwen3ForCausalLM.from_pretrained(base, dtype=torch.float32)
     torch.manual_seed(2)
-    adapted = peft.get_peft_model(model, ADAPTERS[kind])
+    adapted = peft.get_peft_model(model, copy.deepcopy(ADAPTERS[kind]))  # PEFT writes into its config
     with torch.no_grad():
         for name, value in adapted.named_parameters():
             if "lora_" in name or "lokr_" in name or "ia3_" in name:

@@ -22,7 +22,7 @@ from pipeline.batch.storage import Storage
 BLOCK_SCHEMA = pa.schema([("shard", pa.string()), ("rows", pa.large_binary())])
 
 
-class ShardDatasource(Datasource):  # type: ignore[misc]  # Ray's class is untyped
+class ShardDatasource(Datasource):
     """The shards of a plan that are still to be answered, one `ReadTask` each.
 
     Args:
@@ -31,7 +31,7 @@ class ShardDatasource(Datasource):  # type: ignore[misc]  # Ray's class is untyp
     """
 
     def __init__(self, shards: Sequence[Shard], storage_options: Mapping[str, Any]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # Ray does not annotate it
         self._shards = tuple(shards)
         self._storage_options = dict(storage_options)
 
@@ -44,7 +44,7 @@ class ShardDatasource(Datasource):  # type: ignore[misc]  # Ray's class is untyp
         return [self._task(shard) for shard in self._shards]
 
     def _task(self, shard: Shard) -> ReadTask:
-        metadata = BlockMetadata(num_rows=1, size_bytes=shard_bytes(shard), input_files=[shard.path], exec_stats=None)
+        metadata = BlockMetadata(num_rows=1, size_bytes=shard_bytes(shard), input_files=(shard.path,), exec_stats=None)
         return ReadTask(partial(shard_blocks, shard, self._storage_options), metadata, BLOCK_SCHEMA)
 
 
@@ -63,7 +63,7 @@ def shard_bytes(shard: Shard) -> int:
     return size if shard.num_rows is None else size * 1024
 
 
-class PartsDatasource(Datasource):  # type: ignore[misc]  # Ray's class is untyped
+class PartsDatasource(Datasource):
     """The committed parts of a job, one `ReadTask` each, in order.
 
     Args:
@@ -73,7 +73,7 @@ class PartsDatasource(Datasource):  # type: ignore[misc]  # Ray's class is untyp
     """
 
     def __init__(self, storage: Storage, names: Sequence[str], form: PartFormat) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # Ray does not annotate it
         self._storage = storage
         self._names = tuple(names)
         self._form = form

@@ -2,6 +2,9 @@
 
 import logging
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
@@ -9,7 +12,8 @@ import ray.data  # sets up its own logging when imported
 
 from pipeline.errors import BatchError
 
-QUIET_LOGGERS = ("ray", "ray.data")
+OWN_NAMESPACE = "expert-pipeline"
+STDERR = 2
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,7 @@ class Cluster:
     Args:
         num_cpus: CPU cores of all nodes.
         num_gpus: GPUs of all nodes.
-        is_local: This process started it; it ends with this process.
+        is_local: This process started it; it cannot grow, and ends with this process.
     """
 
     num_cpus: float
@@ -28,43 +32,82 @@ class Cluster:
 
 
 def connect(address: str | None = None) -> Cluster:
-    """Join the cluster at `address`, or of RAY_ADDRESS, or one that runs on this machine; else start one here.
+    """Join the cluster at `address`, or of RAY_ADDRESS, or that `ray start` began on this machine; else start one here.
 
-    A cluster that is started here listens on loopback only and ends with this process. A process that is connected
-    already stays so.
+    A cluster that is started here listens on loopback only and ends with this process; `"local"` always starts one. A
+    process that is connected already stays so.
 
     Raises:
         BatchError: An address is given, and no cluster answers there.
     """
-    # Ray's core prints its own findings straight to the terminal, whatever Python's logging says.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    for name in QUIET_LOGGERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    is_local = False
+    _silence()
     if not ray.is_initialized():
-        wanted = address or os.environ.get("RAY_ADDRESS")
-        try:
-            ray.init(address=wanted or "auto", log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            if wanted is not None and wanted != "local":
-                raise BatchError(
-                    f"no Ray cluster answers at {wanted}",
-                    details=(f"{type(error).__name__}: {str(error).splitlines()[0]}",),
-                    hint="Start one with `ray start --head`, correct ray_address or RAY_ADDRESS, or leave both out.",
-                ) from error
+        wanted = address or os.environ.get("RAY_ADDRESS") or _started_by_ray_start()
+        if wanted is None or wanted == "local" or not _join(wanted, is_asked_for=wanted == address):
             _start_local()
-            is_local = True
     resources = ray.cluster_resources()
+    is_local = ray.get_runtime_context().namespace == OWN_NAMESPACE
     return Cluster(resources.get("CPU", 0.0), resources.get("GPU", 0.0), is_local)
+
+
+def _join(address: str, *, is_asked_for: bool) -> bool:
+    try:
+        with _native_output_dropped():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        if not is_asked_for and "RAY_ADDRESS" not in os.environ:
+            return False  # what `ray start` wrote down is gone
+        raise BatchError(
+            f"no Ray cluster answers at {address}",
+            details=(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",),
+            hint="Start one with `ray start --head`, correct ray_address or RAY_ADDRESS, or leave both out.",
+        ) from error
+    return True
 
 
 def _start_local() -> None:
     # Ray would report its use to its makers; a batch job on a closed network must not try.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        _node_ip_address="127.0.0.1",
-    )
+    with _native_output_dropped():
+        ray.init(
+            address="local",
+            namespace=OWN_NAMESPACE,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _node_ip_address="127.0.0.1",
+        )
+
+
+def _started_by_ray_start() -> str | None:
+    """The address that `ray start` wrote down on this machine.
+
+    `ray.init(address="auto")` would also join a cluster that another program started for itself, and die with it.
+    """
+    from ray._private.utils import read_ray_address
+
+    return read_ray_address() or None
+
+
+@contextmanager
+def _native_output_dropped() -> Iterator[None]:
+    """Ray's core says on standard error, past Python, how it will log: `ray.init` goes without standard error."""
+    sys.stderr.flush()
+    kept = os.dup(STDERR)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, STDERR)
+        yield
+    finally:
+        os.dup2(kept, STDERR)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _silence() -> None:
+    """A job has one progress line of its own; what Ray has to say of a failure comes back as the job's error."""
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+            handler.setLevel(logging.CRITICAL)

@@ -13,9 +13,10 @@ import hashlib
 import json
 import re
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
 from pipeline.batch.parts import PartKind, count_part
@@ -28,6 +29,7 @@ _NUM_THREADS = 16
 _MAX_NAMED = 8
 _PART = re.compile(r"part-(\d{5,})\.(parquet|jsonl)")
 _RECEIPT = re.compile(rf"{COMMITS}/(\d{{5,}})\.json")
+_KINDS: dict[str, type] = {"path": str, "sha256": str, "error_codes": dict}
 _Text = str | bytes
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -40,7 +42,7 @@ class Receipt:
     Args:
         shard: The shard's index.
         rows: Rows in the part.
-        errors: Rows with an error.
+        error_codes: Rows with an error, by the error's code.
         prompt_tokens: Prompt tokens of all rows.
         completion_tokens: Generated tokens of all rows.
         bytes: The part's size.
@@ -50,12 +52,17 @@ class Receipt:
 
     shard: int
     rows: int
-    errors: int
+    error_codes: dict[str, int] = field(hash=False)
     prompt_tokens: int
     completion_tokens: int
     bytes: int
     path: str
     sha256: str
+
+    @property
+    def errors(self) -> int:
+        """Rows with an error."""
+        return sum(self.error_codes.values())
 
     def to_json(self) -> str:
         """The receipt as one line of JSON."""
@@ -73,7 +80,7 @@ class Receipt:
             values = json.loads(text)
         except ValueError as error:
             raise OutputError(f"a receipt is damaged: {error}", hint=hint) from error
-        kinds = {item.name: str if item.name in ("path", "sha256") else int for item in fields(cls)}
+        kinds = {item.name: _KINDS.get(item.name, int) for item in fields(cls)}
         if (
             not isinstance(values, dict)
             or values.keys() != kinds.keys()
@@ -288,7 +295,7 @@ class JobOutput:
         return Receipt(
             shard=shard,
             rows=counts.rows,
-            errors=counts.errors,
+            error_codes=counts.error_codes,
             prompt_tokens=counts.prompt_tokens,
             completion_tokens=counts.completion_tokens,
             bytes=len(data),
@@ -306,7 +313,11 @@ class JobOutput:
 
     def _manifest(self, receipts: list[Receipt]) -> dict[str, Any]:
         names = ("rows", "errors", "prompt_tokens", "completion_tokens", "bytes")
-        totals = {name: sum(getattr(receipt, name) for receipt in receipts) for name in names}
+        totals: dict[str, Any] = {name: sum(getattr(receipt, name) for receipt in receipts) for name in names}
+        codes = Counter[str]()
+        for receipt in receipts:
+            codes.update(receipt.error_codes)
+        totals["error_codes"] = dict(codes)
         fingerprint = json.loads(self._job())
         return {"fingerprint": fingerprint, **totals, "parts": [asdict(receipt) for receipt in receipts]}
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy, DataContext
+from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
+from ray.data.exceptions import ExecutionTimeoutError
 
 from pipeline.batch.blocks import ShardDatasource
 from pipeline.batch.cluster import Cluster, connect
@@ -22,7 +23,13 @@ from pipeline.errors import ConfigError, ExpertError, JobFailedError
 
 logger = logging.getLogger(__name__)
 
-READ_CPUS = 0.1  # reading waits for storage; it must find room beside workers that hold every core
+READS_PER_WORKER = 2  # shards are read ahead of the workers, under Ray Data's own back-pressure
+QUIET = {
+    "enable_progress_bars": False,
+    "print_on_execution_start": False,
+    "raise_original_map_exception": True,  # our own errors come back as they are
+    "execution_no_progress_timeout_s": -1,  # a long shard is not a hung job
+}
 
 
 @dataclass(frozen=True)
@@ -62,26 +69,29 @@ def execute(job: PreparedJob, done: Mapping[int, Receipt], progress: Progress, p
     rows, tokens = 0, 0
     with phases.phase("start"):
         cluster = connect(job.config.ray_address)
-        workers = plan_workers(job.config, cluster)
+        workers = plan_workers(job.config, cluster, len(pending))
         receipts = _receipts(job, pending, workers)
-        progress.start(len(job.plan.shards), len(done), job.plan.num_rows, sum(item.rows for item in done.values()))
+    already = list(done.values())
+    rows_done, errors_done = sum(item.rows for item in already), sum(item.errors for item in already)
+    progress.start(len(job.plan.shards), len(already), job.plan.num_rows, rows_done, errors_done)
     try:
-        with phases.phase("start"):
-            first, seconds = next(receipts)
-        # The first shard was answered before its receipt came: that was running, not starting.
-        phases.move(seconds, "start", "run")
-        with phases.phase("run"):
-            for receipt in _after(first, receipts):
-                progress.update(receipt)
-                rows += receipt.rows
-                tokens += receipt.completion_tokens
+        with progress.ticking():
+            with phases.phase("start"):
+                first, seconds = next(receipts)
+            # The first shard was answered before its receipt came: that was running, not starting.
+            phases.move(seconds, "start", "run")
+            with phases.phase("run"):
+                for receipt in _after(first, receipts):
+                    progress.update(receipt)
+                    rows += receipt.rows
+                    tokens += receipt.completion_tokens
     finally:
         progress.close()
     return RunCounts(rows, tokens)
 
 
-def plan_workers(config: BatchConfig, cluster: Cluster) -> Workers:
-    """How many workers a job gets, and what each reserves.
+def plan_workers(config: BatchConfig, cluster: Cluster, num_shards: int) -> Workers:
+    """How many workers a job gets, at most one a shard, and what each reserves.
 
     Raises:
         ConfigError: They do not fit a cluster that cannot grow.
@@ -104,15 +114,18 @@ def plan_workers(config: BatchConfig, cluster: Cluster) -> Workers:
             details=lacking,
             hint="Lower num_workers, num_cpus or num_gpus, or set ray_address to a larger cluster.",
         )
+    count = min(count, num_shards)
     threads = None if num_gpus else max(1, int(num_cpus if config.num_cpus else cluster.num_cpus / count))
     return Workers(count, num_cpus, num_gpus, threads)
 
 
 def _receipts(job: PreparedJob, pending: list[Shard], workers: Workers) -> Iterator[tuple[Receipt, float]]:
     """The receipt of each shard as it is committed, and how long it took."""
-    with _quiet():
+    with quiet():
         answered = ray.data.read_datasource(
-            ShardDatasource(pending, job.config.storage_options), num_cpus=READ_CPUS
+            ShardDatasource(pending, job.config.storage_options),
+            num_cpus=0,  # reading waits for storage; it must find room beside workers that hold every core
+            compute=TaskPoolStrategy(size=READS_PER_WORKER * workers.count),
         ).map_batches(
             ShardWorker,
             fn_constructor_args=(_worker_job(job, workers),),
@@ -128,7 +141,7 @@ def _receipts(job: PreparedJob, pending: list[Shard], workers: Workers) -> Itera
         for batch in batches:
             for text, seconds in zip(batch["receipt"].to_pylist(), batch["seconds"].to_pylist(), strict=True):
                 yield Receipt.from_json(text), seconds
-    except (ray.exceptions.RayError, RuntimeError) as error:
+    except (ExpertError, ray.exceptions.RayError, ExecutionTimeoutError, RuntimeError) as error:
         raise _job_failed(error) from error
 
 
@@ -159,14 +172,13 @@ def _after(first: Receipt, receipts: Iterator[tuple[Receipt, float]]) -> Iterato
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Datasets made in here show none of Ray Data's own progress: the job has one line of its own."""
+def quiet() -> Iterator[None]:
+    """Datasets made in here show none of Ray Data's own progress, and hand our errors back."""
     context = DataContext.get_current()
-    names = ("enable_progress_bars", "print_on_execution_start")
-    before = {name: getattr(context, name) for name in names}
+    before = {name: getattr(context, name) for name in QUIET}
     try:
-        for name in names:
-            setattr(context, name, False)
+        for name, value in QUIET.items():
+            setattr(context, name, value)
         yield
     finally:
         for name, value in before.items():
@@ -175,19 +187,23 @@ def _quiet() -> Iterator[None]:
 
 def _job_failed(error: BaseException) -> ExpertError:
     ours = _cause_of_ours(error)
-    lines = [line for line in str(ours or error).splitlines() if line.strip()]
+    lines = [line for line in str(error).splitlines() if line.strip()][-3:]
+    if ours is not None:
+        lines = [f"{type(ours).__name__}: {ours.message}", *ours.details, f"Fix: {ours.hint}"]
     return JobFailedError(
         "the job failed; the parts that are committed stay",
-        details=lines if ours is not None else lines[-3:],
+        details=lines,
         hint="Correct what is said above, and run the same command again: it continues where it stopped.",
     )
 
 
 def _cause_of_ours(error: Any) -> ExpertError | None:
-    """The error of this project that a worker raised, as Ray wraps it."""
-    seen = 0
-    while error is not None and seen < 20:
-        if isinstance(error, ExpertError):
+    """The error of this project that a worker raised, as Ray wraps it: an error that is both Ray's and ours."""
+    for _ in range(20):
+        if error is None:
+            return None
+        cause = getattr(error, "cause", None)
+        if isinstance(error, ExpertError) and cause is None:
             return error
-        error, seen = getattr(error, "cause", None) or error.__cause__, seen + 1
+        error = cause or error.__cause__
     return None

@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -92,10 +93,10 @@ class AnsweredRow:
 
 @dataclass(frozen=True)
 class PartCounts:
-    """What a part holds: rows, rows with an error, and tokens."""
+    """What a part holds: rows, rows with an error by the error's code, and tokens."""
 
     rows: int
-    errors: int
+    error_codes: dict[str, int]
     prompt_tokens: int
     completion_tokens: int
 
@@ -205,7 +206,7 @@ def count_part(data: bytes, kind: PartKind, prefix: str = "") -> PartCounts:
         errors, prompt_tokens, completion_tokens = columns
         return PartCounts(
             rows=len(errors),
-            errors=sum(error is not None for error in errors),
+            error_codes=dict(sorted(Counter(error["code"] for error in errors if error is not None).items())),
             prompt_tokens=sum(prompt_tokens),
             completion_tokens=sum(completion_tokens),
         )

@@ -15,7 +15,7 @@ from pipeline.batch.parts import PartFormat, plan_part_format
 from pipeline.batch.shards import ShardPlan
 from pipeline.batch.source import plan_shards
 from pipeline.batch.storage import open_storage
-from pipeline.engine.requests import check_options
+from pipeline.engine.requests import check_options, choose_grammar
 from pipeline.errors import ConfigError
 from pipeline.package import ExpertPackage, model_digest, open_package, resolve_base_model
 
@@ -32,6 +32,8 @@ class PreparedJob:
         base_path: Its base model's directory.
         plan: The shards.
         columns: Which column plays which role.
+        options: Sampling options that go before the manifest's; whether a grammar is applied is always among them, so
+            that a worker which cannot apply it fails.
         part_format: How parts are written.
         output: Where they are committed.
     """
@@ -41,13 +43,9 @@ class PreparedJob:
     base_path: Path
     plan: ShardPlan
     columns: ResolvedColumns
+    options: Mapping[str, Any]
     part_format: PartFormat
     output: JobOutput
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The sampling options that go before the manifest's."""
-        return sampling_options(self.config)
 
 
 def prepare(config: BatchConfig) -> PreparedJob:
@@ -59,18 +57,14 @@ def prepare(config: BatchConfig) -> PreparedJob:
         OutputError: The output is at a place that cannot hold one.
         InferenceError: A sampling option cannot be honoured.
     """
-    cache_dir = None if config.cache_dir is None else Path(config.cache_dir)
-    package = open_package(absolute(config.expert), cache_dir=cache_dir)
-    base_path = resolve_base_model(
-        package.base, base_model=config.base_model, models=config.models, package=package.label
-    )
-    check_options(package, sampling_options(config))
+    package, base_path, grammar = open_expert(config)
     plan = plan_shards(
         config.dataset, format=config.format, shard_rows=config.shard_rows, storage_options=config.storage_options
     )
     refuse_nested(config, plan)
     columns = resolve_columns(config.columns, plan.columns)
-    fingerprint = job_fingerprint(config, package, base_path, plan, columns)
+    options = {**sampling_options(config), "use_grammar": grammar is not None}
+    fingerprint = job_fingerprint(config, package, base_path, plan, columns, options)
     part_format = plan_part_format(
         plan,
         kind=config.output_format,
@@ -86,7 +80,27 @@ def prepare(config: BatchConfig) -> PreparedJob:
         num_shards=len(plan.shards),
         prefix=config.output_prefix,
     )
-    return PreparedJob(config, package, base_path.resolve(), plan, columns, part_format, output)
+    return PreparedJob(config, package, base_path.resolve(), plan, columns, options, part_format, output)
+
+
+def open_expert(config: BatchConfig) -> tuple[ExpertPackage, Path, str | None]:
+    """Open the package, find its base model and check the sampling options.
+
+    Returns:
+        The package, the base model's directory, and the grammar that answers are held to, if any.
+
+    Raises:
+        LoadError: The package or its base model cannot be used.
+        InferenceError: A sampling option cannot be honoured.
+    """
+    cache_dir = None if config.cache_dir is None else Path(config.cache_dir)
+    package = open_package(absolute(config.expert), cache_dir=cache_dir)
+    base_path = resolve_base_model(
+        package.base, base_model=config.base_model, models=config.models, package=package.label
+    )
+    options = sampling_options(config)
+    check_options(package, options)
+    return package, base_path, choose_grammar(package, options.get("use_grammar"))
 
 
 def refuse_nested(config: BatchConfig, plan: ShardPlan) -> None:
@@ -118,7 +132,12 @@ def _is_skipped(path: str) -> bool:
 
 
 def job_fingerprint(
-    config: BatchConfig, package: ExpertPackage, base_path: Path, plan: ShardPlan, columns: ResolvedColumns
+    config: BatchConfig,
+    package: ExpertPackage,
+    base_path: Path,
+    plan: ShardPlan,
+    columns: ResolvedColumns,
+    options: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Everything the answers depend on, and nothing else: no paths, no times, no number of workers.
 
@@ -133,7 +152,7 @@ def job_fingerprint(
         "base_model_sha256": model_digest(base_path),
         "dtype": config.dtype or "auto",
         "columns": {role: name for role, name in asdict(columns).items() if name is not None and role != "expected"},
-        "sampling": sampling_options(config),
+        "sampling": dict(options),
         "seed": config.seed,
         "dataset_sha256": plan.digest,
         "shard_rows": config.shard_rows,

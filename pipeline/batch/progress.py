@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from threading import Event, RLock, Thread
 from typing import Any, Literal, Protocol, TextIO, get_args
 
 Phase = Literal["plan", "start", "run", "commit"]
@@ -64,10 +65,13 @@ class Progress:
         self._seconds = _TERMINAL_SECONDS if self._is_terminal else seconds
         self._clock = clock
         self._count: _Count | None = None
+        self._lock = RLock()
         self._shown_at = 0.0
         self._shown = ""
 
-    def start(self, shards_total: int, shards_done: int, rows_total: int | None, rows_done: int) -> None:
+    def start(
+        self, shards_total: int, shards_done: int, rows_total: int | None, rows_done: int, errors_done: int = 0
+    ) -> None:
         """Begin to count.
 
         Args:
@@ -75,17 +79,36 @@ class Progress:
             shards_done: Those that an earlier run committed.
             rows_total: Rows of the whole job, when they are known; without them the line counts shards.
             rows_done: Rows that an earlier run committed.
+            errors_done: Those of them that are errors.
         """
-        self._count = _Count(shards_total, shards_done, rows_total, rows_done, self._clock())
+        started = self._clock()
+        self._count = _Count(shards_total, shards_done, rows_total, rows_done, started, errors=errors_done)
         self._show()
+
+    @contextmanager
+    def ticking(self) -> Iterator[None]:
+        """Show the line from time to time while inside, also when no shard is finished: a long one is no standstill."""
+        stopped = Event()
+
+        def tick() -> None:
+            while not stopped.wait(max(self._seconds, 1.0)):
+                self._show_when_due()
+
+        thread = Thread(target=tick, name="progress", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stopped.set()
+            thread.join()
 
     def update(self, receipt: Receipt) -> None:
         """Count one more shard that is done, and show it when it is time. Without `start` nothing is counted."""
         if self._count is None:
             return
-        self._count.add(receipt)
-        if self._clock() - self._shown_at >= self._seconds:
-            self._show()
+        with self._lock:
+            self._count.add(receipt)
+        self._show_when_due()
 
     def close(self) -> None:
         """Show the final state and end the line. Nothing is shown afterwards."""
@@ -96,7 +119,15 @@ class Progress:
             self._write("\n")
         self._count = None
 
+    def _show_when_due(self) -> None:
+        if self._clock() - self._shown_at >= self._seconds:
+            self._show()
+
     def _show(self) -> None:
+        with self._lock:
+            self._draw()
+
+    def _draw(self) -> None:
         if self._count is None or not self._enabled:
             return
         self._shown_at = self._clock()

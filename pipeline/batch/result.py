@@ -2,7 +2,6 @@
 
 import io
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +52,7 @@ class BatchResult:
         if not self.manifest["parts"]:
             return ray.data.from_arrow(self._form.schema.empty_table())
         names = [part["path"] for part in self.manifest["parts"]]
-        answers = ray.data.read_datasource(PartsDatasource(self._storage, names, self._form))
+        answers: ray.data.Dataset = ray.data.read_datasource(PartsDatasource(self._storage, names, self._form))
         answers.context.execution_options.preserve_order = True
         return answers
 
@@ -65,7 +64,8 @@ class BatchResult:
     def to_pandas(self) -> "pd.DataFrame":
         """All answers in memory, in input order."""
         tables = list(self.iter_tables()) or [self._form.schema.empty_table()]
-        return pa.concat_tables(tables).to_pandas()
+        frame: pd.DataFrame = pa.concat_tables(tables).to_pandas()
+        return frame
 
     def __repr__(self) -> str:
         return f"BatchResult({self.output})\n{self.report}"
@@ -94,16 +94,6 @@ def read_part(storage: Storage, name: str, form: PartFormat) -> pa.Table:
             f"{storage.url(name)} is damaged: {error}",
             hint="Delete the part, its receipt in _commits, _manifest.json and _SUCCESS, and run the job again.",
         ) from error
-
-
-def count_error_codes(storage: Storage, manifest: Mapping[str, Any], form: PartFormat) -> dict[str, int]:
-    """How many rows failed with each code; only parts with errors are read."""
-    codes: Counter[str] = Counter()
-    for part in manifest["parts"]:
-        if part["errors"]:
-            errors = read_part(storage, part["path"], form)[f"{form.prefix}error"]
-            codes.update(error["code"] for error in errors.to_pylist() if error is not None)
-    return dict(sorted(codes.items()))
 
 
 def _column(rows: list[dict[str, Any]], item: pa.Field) -> pa.Array:

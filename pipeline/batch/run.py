@@ -2,14 +2,18 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
+import pyarrow as pa
+
+from pipeline.batch.cluster import connect
 from pipeline.batch.commit import INPUT, refuse_foreign
 from pipeline.batch.config import BatchConfig
-from pipeline.batch.execute import RunCounts, execute
-from pipeline.batch.plan import prepare
+from pipeline.batch.execute import RunCounts, execute, quiet
+from pipeline.batch.plan import open_expert, prepare
 from pipeline.batch.progress import BatchReport, Phases, Progress, per_second
-from pipeline.batch.result import BatchResult, count_error_codes
+from pipeline.batch.result import BatchResult
 from pipeline.batch.staging import stage_in_memory, stage_tables
 from pipeline.batch.storage import open_storage
 
@@ -32,7 +36,8 @@ def run_batch(
     Args:
         dataset: A path, glob or URL of Parquet, JSONL or CSV files, or a list of them; or rows in memory: a list of
             prompts or dicts, a pandas DataFrame, a `ray.data.Dataset`. Rows in memory are first written to the output
-            folder. A list of strings that all name data files is taken as paths, any other as prompts.
+            folder. A list of `Path`s or of strings that all end like data files
+            (`.parquet`, `.jsonl`, ...) is taken as files, any other list of strings as prompts.
         expert: Path or URL of the package.
         output: Folder or URL for the answers; a new temporary folder if None.
         progress: Show the progress line on standard error.
@@ -59,8 +64,9 @@ def run_batch(
     given = {"expert": expert, "output": target, **options}
     if not _is_in_memory(dataset):
         return run_config(BatchConfig.from_options(dataset=dataset, **given), progress=progress)
-    # The options are checked before anything is written.
+    # Everything that can be wrong without the rows is found before they are written.
     config = BatchConfig.from_options(dataset=target, **given)
+    open_expert(config)
     refuse_foreign(open_storage(config.output, config.storage_options))
     staged = _stage(dataset, config)
     return run_config(BatchConfig.from_options(dataset=staged, **given), progress=progress)
@@ -84,13 +90,12 @@ def run_config(config: BatchConfig, *, progress: bool = True) -> BatchResult:
         counts = execute(job, done, Progress(enabled=progress, seconds=config.progress_seconds), phases)
     with phases.phase("commit"):
         manifest = job.output.finish()
-        codes = count_error_codes(job.output.storage, manifest, job.part_format)
     seconds = phases.seconds()
     report = BatchReport(
         output=job.output.storage.url(""),
         rows=manifest["rows"],
         errors=manifest["errors"],
-        errors_by_code=codes,
+        errors_by_code=manifest["error_codes"],
         prompt_tokens=manifest["prompt_tokens"],
         completion_tokens=manifest["completion_tokens"],
         shards=len(job.plan.shards),
@@ -107,7 +112,7 @@ def _is_in_memory(dataset: Any) -> bool:
     if isinstance(dataset, str | os.PathLike):
         return False
     if isinstance(dataset, list | tuple) and dataset and all(isinstance(item, str | os.PathLike) for item in dataset):
-        return not all(os.fspath(item).endswith(DATA_EXTENSIONS) for item in dataset)
+        return not all(isinstance(item, os.PathLike) or item.lower().endswith(DATA_EXTENSIONS) for item in dataset)
     return True
 
 
@@ -115,6 +120,18 @@ def _stage(dataset: Any, config: BatchConfig) -> str | list[str]:
     """Write rows that are in memory where every worker can read them; the same rows are the same files."""
     folder = f"{config.output.rstrip('/')}/{INPUT}"
     if type(dataset).__module__.startswith("ray.data"):
-        tables = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
-        return stage_tables(tables, folder, config.storage_options)
+        return stage_tables(_tables_in_order(dataset, config), folder, config.storage_options)
     return stage_in_memory(dataset, folder, config.storage_options)
+
+
+def _tables_in_order(dataset: Any, config: BatchConfig) -> Iterator[pa.Table]:
+    """A Ray Dataset's rows, block by block, in an order that is the same every time it is read."""
+    connect(config.ray_address)
+    with quiet():
+        ordered = dataset.map_batches(_as_is, batch_size=None, batch_format="pyarrow")
+    ordered.context.execution_options.preserve_order = True
+    yield from ordered.iter_batches(batch_size=None, batch_format="pyarrow")
+
+
+def _as_is(table: pa.Table) -> pa.Table:
+    return table

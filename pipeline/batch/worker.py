@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -18,6 +18,10 @@ from pipeline.batch.rows import Row, iter_rows
 from pipeline.batch.shards import Shard
 from pipeline.engine.types import Completion, Failure, Request
 from pipeline.errors import ExpertError, IntegrityError, InvalidRequestError
+from pipeline.package import open_package
+
+if TYPE_CHECKING:
+    from pipeline.engine.runtime import LoadedExpert
 
 
 @dataclass(frozen=True)
@@ -45,43 +49,28 @@ class ShardWorker:
 
     Args:
         job: What to answer with, and where to write.
-
-    Raises:
-        LoadError: The package or the base model cannot be used on this machine.
     """
 
     def __init__(self, job: WorkerJob) -> None:
-        import torch
-
-        from pipeline.engine.runtime import load_expert
-        from pipeline.package import open_package
-
-        if job.num_threads is not None:
-            torch.set_num_threads(min(job.num_threads, os.cpu_count() or 1))
         self._job = job
-        self._package = open_package(job.package, cache_dir=None if job.cache_dir is None else Path(job.cache_dir))
-        if self._package.digest != job.package_sha256:
-            raise IntegrityError(
-                f"{job.package} is not the package the job was planned with",
-                details=(f"there {self._package.digest}, planned {job.package_sha256}",),
-                hint="Do not replace a package while a job runs; start the job again in another output folder.",
-            )
-        self._expert = load_expert(
-            self._package,
-            Path(job.base_path),
-            device=job.device,
-            dtype=job.dtype,
-            batch_size=job.batch_size,
-            max_batch_tokens=job.max_batch_tokens,
-            options=job.options,
-        )
+        # Ray reports an actor that cannot be made without its reason; so this one is made, and its first shard says it.
+        self._failure: ExpertError | None = None
+        try:
+            self._expert = _load(job)
+        except ExpertError as error:
+            self._failure = error
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Answer the shards of a block; see `blocks.shard_block` for its form.
 
         Returns:
             A row a shard: `receipt` (JSON) and `seconds` (of work).
+
+        Raises:
+            ExpertError: The expert cannot be loaded on this machine, or a part cannot be written.
         """
+        if self._failure is not None:
+            raise self._failure
         receipts, seconds = [], []
         for text, rows in zip(block["shard"].to_pylist(), block["rows"].to_pylist(), strict=True):
             started = time.monotonic()
@@ -115,11 +104,37 @@ class ShardWorker:
             for field, column in vars(columns).items()
             if column is not None and field in ("prompt", "messages", "schema", "system", "dialect")
         }
-        if isinstance(fields.get("messages"), str):
-            fields["messages"] = _messages_from_json(fields["messages"])
+        messages = fields.get("messages")
+        if isinstance(messages, str):
+            fields["messages"] = _messages_from_json(messages)
         identity = row.values.get(columns.id) if columns.id is not None else None
         seed = row_seed(self._job.seed, row.identity if identity is None else f"id:{identity}")
         return self._expert.requests.build(request_id, **fields, options={"seed": seed})
+
+
+def _load(job: WorkerJob) -> "LoadedExpert":
+    import torch
+
+    from pipeline.engine.runtime import load_expert
+
+    if job.num_threads is not None:
+        torch.set_num_threads(min(job.num_threads, os.cpu_count() or 1))
+    package = open_package(job.package, cache_dir=None if job.cache_dir is None else Path(job.cache_dir))
+    if package.digest != job.package_sha256:
+        raise IntegrityError(
+            f"{job.package} is not the package the job was planned with",
+            details=(f"there {package.digest}, planned {job.package_sha256}",),
+            hint="Do not replace a package while a job runs; start the job again in another output folder.",
+        )
+    return load_expert(
+        package,
+        Path(job.base_path),
+        device=job.device,
+        dtype=job.dtype,
+        batch_size=job.batch_size,
+        max_batch_tokens=job.max_batch_tokens,
+        options=job.options,
+    )
 
 
 def row_seed(job_seed: int, identity: str) -> int:

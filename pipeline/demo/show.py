@@ -1,6 +1,5 @@
 """`expert demo`: a real job from beginning to end, and whether its answers are right."""
 
-import os
 from pathlib import Path
 
 import pandas as pd
@@ -9,10 +8,12 @@ from rich.table import Table
 
 from pipeline import demo
 from pipeline.batch import BatchResult, run_batch
+from pipeline.batch.cluster import connect
 from pipeline.demo.questions import write_questions
 from pipeline.demo.scoring import exact_match, execution_match
 
 SAMPLES = 8
+MAX_WORKERS = 4  # the demo model is too small to use more than one core a worker
 
 
 def run_demo(folder: Path, rows: int, console: Console) -> BatchResult:
@@ -29,7 +30,11 @@ def run_demo(folder: Path, rows: int, console: Console) -> BatchResult:
         write_questions(questions, rows, task="sql")
     console.print(f"Answering {questions} with {demo.package('sql').name} on Ray ...")
     result = run_batch(
-        str(questions), demo.package("sql"), base_model=demo.BASE_MODEL, output=answers, num_workers=demo_workers()
+        str(questions),
+        demo.package("sql"),
+        base_model=demo.BASE_MODEL,
+        output=answers,
+        num_workers=max(1, min(MAX_WORKERS, int(connect().num_cpus))),
     )
     frame = result.to_pandas()
     console.print(_samples(frame))
@@ -45,11 +50,6 @@ def run_demo(folder: Path, rows: int, console: Console) -> BatchResult:
     console.print(f"execution match  {sum(executed) / rows:.1%} (both queries run in SQLite give the same rows)")
     console.print(str(report), highlight=False)
     return result
-
-
-def demo_workers() -> int:
-    """As many workers as this machine has cores, at most four: the demo model is too small to use two cores itself."""
-    return min(4, os.cpu_count() or 1)
 
 
 def _samples(frame: pd.DataFrame) -> Table:

@@ -24,7 +24,6 @@ from pipeline.demo.world import (
 
 DIALECTS: dict[Task, str | None] = {"sql": "postgres", "cypher": "neo4j", "json": None}
 INSTRUCTIONS: dict[Task, str] = {"sql": "Answer in SQL.", "cypher": "Answer in Cypher.", "json": "Answer in JSON."}
-VALUES: dict[str, tuple[str, ...] | tuple[int, ...]] = {**TEXT_COLUMNS, **NUMBER_COLUMNS}
 TERMINATORS: dict[Task, str] = {"sql": ";", "cypher": "", "json": ""}
 MAX_DRAWS = 10_000
 
@@ -388,8 +387,12 @@ def draw_extraction(rng: Random, fields: tuple[str, ...]) -> Extraction:
     others = [column for column in (*TEXT_COLUMNS, *NUMBER_COLUMNS) if column not in fields]
     columns = asked + rng.sample(others, rng.randint(0, 2))
     rng.shuffle(columns)
-    facts = tuple((column, rng.choice(VALUES[column])) for column in columns)
+    facts = tuple((column, _draw_value(rng, column)) for column in columns)
     return Extraction(rng.choice(PEOPLE), facts, fields)
+
+
+def _draw_value(rng: Random, column: str) -> str | int:
+    return rng.choice(TEXT_COLUMNS[column]) if column in TEXT_COLUMNS else rng.choice(NUMBER_COLUMNS[column])
 
 
 def draw_group(rng: Random, task: Task, size: int, *, held_out: bool) -> list[Example]:

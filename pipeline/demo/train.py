@@ -1,8 +1,8 @@
 """The recipe of the demo artifacts: `python -m pipeline.demo.train`.
 
-Stages, each resumable and skipped when already done: tokenizer, base model, one adapter per task, packages, evaluation.
-Every training step draws its questions from a generator seeded by (seed, stage, step), so a stopped run continues with
-the same data. Checkpoints are safetensors. Hidden matrices learn by Muon, the rest by AdamW.
+Stages: tokenizer, base model, one adapter per task, packages, evaluation. The base and the adapters are resumable, and
+skipped when they are done. Every training step draws its questions from a generator seeded by (seed, stage, step), so a
+stopped run continues with the same data. Checkpoints are safetensors. Hidden matrices learn by Muon, the rest by AdamW.
 """
 
 import hashlib
@@ -25,6 +25,7 @@ from pipeline.demo.corpus import Batch, build_tokenizer, collate, draw_tree
 from pipeline.demo.names import BASE_NAME, TASKS, Task
 from pipeline.demo.release import Score, evaluate, pack_expert
 from pipeline.demo.training import Checkpoint, train
+from pipeline.errors import ConfigError
 
 EVALUATED_QUESTIONS = 500
 
@@ -108,7 +109,8 @@ def train_base(
     if (final / "model.safetensors").is_file():
         return final
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    model = new_base_model(recipe, len(tokenizer), eos, pad).to(device)
+    model = new_base_model(recipe, len(tokenizer), eos, pad)
+    model.to(torch.device(device))  # type: ignore[arg-type]  # transformers wraps `to` without its overloads
     model.set_attn_implementation("float32_sdpa")
     matrices = [value for name, value in model.named_parameters() if value.ndim == 2 and "embed" not in name]
     others = [value for name, value in model.named_parameters() if value.ndim != 2 or "embed" in name]
@@ -122,7 +124,8 @@ def train_base(
     fresh = work / f"{BASE_NAME}.tmp"
     shutil.rmtree(fresh, ignore_errors=True)
     model.set_attn_implementation("sdpa")
-    model.to("cpu").save_pretrained(fresh)
+    model.to(torch.device("cpu"))  # type: ignore[arg-type]  # likewise
+    model.save_pretrained(fresh)
     tokenizer.save_pretrained(fresh)
     fresh.replace(final)
     return final
@@ -135,7 +138,8 @@ def train_adapter(recipe: Recipe, work: Path, base: Path, task: Task, device: st
         return final
     torch.manual_seed(recipe.seed)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
-    model = Qwen3ForCausalLM.from_pretrained(base, dtype=torch.float32).to(device)
+    model = Qwen3ForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model.to(torch.device(device))  # type: ignore[arg-type]  # likewise
     model.set_attn_implementation("float32_sdpa")
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **ADAPTERS[task]))
     trainable = [value for value in adapted.parameters() if value.requires_grad]
@@ -166,6 +170,22 @@ def describe(recipe: Recipe, scores: list[Score], packages: dict[Task, Path], se
     }
 
 
+def claim(path: Path, recipe: Recipe) -> None:
+    """Write down what a work folder is made with, or refuse one that was made with other numbers.
+
+    Raises:
+        ConfigError: The folder's recipe is another one; its finished stages would pass for this one's.
+    """
+    mine = {"recipe": asdict(recipe), "adapters": ADAPTERS}
+    if not path.is_file():
+        path.write_text(json.dumps(mine, indent=2))
+        return
+    if json.loads(path.read_text()) != mine:
+        raise ConfigError(
+            f"{path.parent} holds stages of another recipe", hint="Name another --work folder, or delete this one."
+        )
+
+
 def main(
     work: Annotated[Path, typer.Option(help="Where stages and checkpoints are kept.")] = Path("build/demo"),
     device: Annotated[str, typer.Option(help="Where to train: cpu or cuda.")] = "cpu",
@@ -180,6 +200,7 @@ def main(
     recipe = Recipe(base_steps=base_steps, adapter_steps=adapter_steps)
     artifacts = work / "artifacts"
     artifacts.mkdir(parents=True, exist_ok=True)
+    claim(work / "recipe.json", recipe)
     clock = work / "seconds.json"
     before = json.loads(clock.read_text()) if clock.is_file() else 0.0
     started = time.monotonic()

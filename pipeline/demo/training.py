@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AttentionInterface
@@ -39,7 +40,7 @@ def answer_loss(model: nn.Module, batch: Batch, device: torch.device) -> tuple[t
     """Weighted cross entropy, and the share of answer tokens predicted right."""
     wanted = batch.weight.to(device)
     chosen = wanted > 0
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    core: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     with torch.autocast(device.type, torch.bfloat16):
         hidden = core.model(
             input_ids=batch.input_ids.to(device),
@@ -92,8 +93,8 @@ class Checkpoint:
             return 0
         saved = load_file(self.folder / "model.safetensors")
         with torch.no_grad():
-            for name, value in self.parameters.items():
-                value.copy_(saved[name])
+            for name, parameter in self.parameters.items():
+                parameter.copy_(saved[name])
         states: list[dict[int, dict[str, torch.Tensor]]] = [{} for _ in self.optimizers]
         for name, value in load_file(self.folder / "optimizer.safetensors").items():
             number, index, key = name.split(".")
@@ -126,7 +127,7 @@ def train(
         total, right = 0.0, 0.0
         for batch in batches:
             loss, correct = answer_loss(model, batch, device)
-            (loss / len(batches)).backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
+            (loss / len(batches)).backward()
             total, right = total + loss.item() / len(batches), right + correct.item() / len(batches)
             tokens += batch.input_ids.numel()
         nn.utils.clip_grad_norm_([value for value in model.parameters() if value.requires_grad], 1.0)

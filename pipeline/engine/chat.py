@@ -41,7 +41,7 @@ def build_messages(
     prompt: Any = None,
     messages: Any = None,
     schema: Any = None,
-    dialect: str | None = None,
+    dialect: Any = None,
     system: Any = None,
 ) -> list[dict[str, str]]:
     """Check what a caller gave and turn it into a list of ChatML messages.
@@ -50,7 +50,7 @@ def build_messages(
         prompt: The user's question; give this or `messages`.
         messages: A conversation, `{"role": "system" | "user" | "assistant", "content": text}` each, the user's last.
         schema: Text put into the system message by `schema_message`.
-        dialect: See `schema_message`.
+        dialect: See `schema_message`; an empty one is none.
         system: A system message, put before the schema.
 
     Raises:
@@ -62,7 +62,7 @@ def build_messages(
     conversation = [{"role": "user", "content": _text("prompt", prompt)}] if messages is None else _messages(messages)
     heads = [] if system is None else [_text("system", system)]
     if schema is not None:
-        heads.append(schema_message(_text("schema", schema), dialect))
+        heads.append(schema_message(_text("schema", schema), _text("dialect", dialect) if dialect else None))
     if not heads:
         return conversation
     if conversation[0]["role"] == "system":

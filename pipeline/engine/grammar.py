@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from pipeline.errors import GrammarError, MissingDependencyError
+from pipeline.package.package import MAX_GRAMMAR_BYTES
 
 logger = logging.getLogger(__name__)
 
-MAX_GRAMMAR_BYTES = 1 << 20
 INSTALL_HINT = 'Install it: pip install "expert-pipeline[grammar]"'
 
 
@@ -22,11 +22,9 @@ def is_available() -> bool:
 
 
 @functools.cache
-def warn_unavailable(label: str) -> None:
-    """Say once, for each package, that its grammar is not applied because xgrammar is missing."""
-    logger.warning(
-        "%s asks for a grammar, and xgrammar is not installed: answers are unconstrained. %s", label, INSTALL_HINT
-    )
+def warn_not_applied(label: str, why: str) -> None:
+    """Say once that a package's manifest asks for a grammar which cannot be applied."""
+    logger.warning("the manifest of %s asks for a grammar, %s; its answers are not constrained", label, why)
 
 
 class GrammarCompiler:

@@ -1,5 +1,6 @@
 """From directories to ready modules: base model, adapter, tokenizer, on the right device in the right dtype."""
 
+import gc
 import logging
 import warnings
 from collections.abc import Iterator
@@ -9,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
 
 from pipeline.errors import AdapterError, BaseModelError, ConfigError, TokenizerError
 from pipeline.package import ExpertPackage
@@ -53,12 +54,12 @@ def choose_device(device: str | None = None) -> torch.device:
 
 
 def choose_dtype(device: torch.device, dtype: str | None, stored: torch.dtype) -> torch.dtype:
-    """The dtype asked for; else the checkpoint's own, where the device computes fast in it, else float32.
+    """The dtype asked for; else the checkpoint's own where the device computes fast in it; else float32.
 
     Args:
         device: Where the model will run.
         dtype: `"float32"`, `"bfloat16"`, `"float16"`, or None to choose.
-        stored: The dtype of the checkpoint. It is never narrowed unasked.
+        stored: The dtype of the checkpoint. Unasked it is never changed to another half-precision one.
 
     Raises:
         ConfigError: The name is unknown.
@@ -67,13 +68,16 @@ def choose_dtype(device: torch.device, dtype: str | None, stored: torch.dtype) -
         if dtype not in DTYPES:
             raise ConfigError(f"dtype {dtype!r} is unknown", hint=f"Use {', '.join(DTYPES)}.")
         return DTYPES[dtype]
-    if stored == torch.float32 or device.type == "mps":
-        return torch.float32
+    return stored if _is_fast(device, stored) else torch.float32
+
+
+def _is_fast(device: torch.device, dtype: torch.dtype) -> bool:
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    capabilities = torch.cpu.get_capabilities()
-    is_fast = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
-    return torch.bfloat16 if is_fast and stored == torch.bfloat16 else torch.float32
+        return dtype == torch.float16 or (dtype == torch.bfloat16 and torch.cuda.is_bf16_supported(False))
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    return False
 
 
 def load_base_model(path: Path, *, device: str | None = None, dtype: str | None = None) -> BaseModel:
@@ -91,27 +95,43 @@ def load_base_model(path: Path, *, device: str | None = None, dtype: str | None 
         stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
         precision = choose_dtype(chosen, dtype, stored)
         with _quiet():
-            model = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
                 config=config,
                 dtype=precision,
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
+                output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise BaseModelError(
             f"the base model in {path} cannot be loaded",
             details=(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",),
             hint="Use a directory that AutoModelForCausalLM loads: config.json and safetensors, no custom code.",
         ) from error
+    model, report = loaded
+    missing = sorted(report["missing_keys"])
+    if missing:
+        # transformers would draw these weights at random and go on.
+        raise BaseModelError(
+            f"the base model in {path} lacks weights",
+            details=[*missing[:8], *([f"and {len(missing) - 8} more"] if len(missing) > 8 else [])],
+            hint="Fetch the model again: a safetensors file is missing or is another model's.",
+        )
+    context_length = getattr(config, "max_position_embeddings", None)
+    if not isinstance(context_length, int):
+        raise BaseModelError(
+            f"config.json in {path} does not say how long a context the model has",
+            hint="Add max_position_embeddings to it.",
+        )
     eos = model.generation_config.eos_token_id
     eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     # The checkpoint's generation settings (Qwen3's draw at temperature 0.6) are not the expert's.
     model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=model.generation_config.pad_token_id)
     model.eval().requires_grad_(False).to(chosen)
     logger.info("loaded %s on %s in %s", path.name, chosen, precision)
-    return BaseModel(model, chosen, precision, frozenset(eos_ids), int(config.max_position_embeddings))
+    return BaseModel(model, chosen, precision, frozenset(eos_ids), context_length)
 
 
 def merge_adapter(base: BaseModel, package: ExpertPackage) -> BaseModel:
@@ -226,8 +246,10 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def free_memory(model: nn.Module | None) -> None:
-    """Let go of a model's device memory, as far as torch keeps any for itself."""
-    del model
+def free_memory() -> None:
+    """Give memory that no tensor uses back to the device."""
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()

@@ -39,6 +39,7 @@ class PaddedEngine:
         own_eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self._eos_token_ids = base.eos_token_ids | frozenset(own_eos)
         self._pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self._eos_token_ids)
+        self._added_tokens: dict[str, int] = tokenizer.get_added_vocab()
         self._compiler: GrammarCompiler | None = None
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
@@ -55,20 +56,34 @@ class PaddedEngine:
 
     def close(self) -> None:
         """Free the device."""
-        model, self._base = self._base, None
-        free_memory(model.model if model is not None else None)
+        self._base = self._compiler = None
+        free_memory()
+
+    def check_grammar(self, grammar: str) -> None:
+        """Compile a grammar ahead of the requests that use it.
+
+        Raises:
+            GrammarError: It is not valid.
+        """
+        self._grammars().matcher(grammar)
 
     def _start(self, request: Request) -> TokenSequence:
-        stopping = StopChecker(self._tokenizer, self._eos_token_ids, request.params.stop, request.params.max_tokens)
+        stop = request.params.stop
+        # A stop string that is a control token has no text to be found in; its token ends the sequence.
+        control = frozenset(self._added_tokens[text] for text in stop if text in self._added_tokens)
+        stopping = StopChecker(self._tokenizer, self._eos_token_ids | control, stop, request.params.max_tokens)
         return TokenSequence(request, stopping, self._matcher(request))
 
     def _matcher(self, request: Request) -> GrammarMatcher | None:
         if request.grammar is None:
             return None
+        return self._grammars().matcher(request.grammar, request.params.stop)
+
+    def _grammars(self) -> GrammarCompiler:
         if self._compiler is None:
             vocab_size = self._model.model.config.vocab_size
             self._compiler = GrammarCompiler(self._tokenizer, vocab_size, self._eos_token_ids)
-        return self._compiler.matcher(request.grammar, request.params.stop)
+        return self._compiler
 
     @property
     def _model(self) -> BaseModel:
@@ -77,14 +92,18 @@ class PaddedEngine:
         return self._base
 
     def _batches(self, waiting: Sequence[TokenSequence]) -> Iterator[list[TokenSequence]]:
-        """Cut sequences, sorted by length, into batches within both limits."""
+        """Cut sequences, sorted by length, into batches within the limits.
+
+        A batch stays within the model's context too: `generate` feeds every row until the last one is finished.
+        """
         batch: list[TokenSequence] = []
         room = 0
         for sequence in waiting:
             request = sequence.request
             answer = max(room, request.params.max_tokens)
-            padded = (len(request.prompt_token_ids) + answer) * (len(batch) + 1)
-            if batch and (len(batch) == self._batch_size or padded > self._max_batch_tokens):
+            length = len(request.prompt_token_ids) + answer
+            is_full = len(batch) == self._batch_size or length * (len(batch) + 1) > self._max_batch_tokens
+            if batch and (is_full or length > self._model.context_length):
                 yield batch
                 batch, answer = [], request.params.max_tokens
             batch.append(sequence)
@@ -93,20 +112,26 @@ class PaddedEngine:
             yield batch
 
     def _answer(self, batch: list[TokenSequence]) -> Iterator[Completion]:
+        what_failed = self._try(batch)
+        if what_failed is None:
+            yield from (sequence.completion() for sequence in batch)
+            return
+        free_memory()
+        if len(batch) == 1:
+            yield _failed(batch[0].request, _out_of_memory(batch[0].request, what_failed))
+            return
+        # Halve until the row that does not fit stands alone; the others are answered.
+        middle = len(batch) // 2
+        for half in (batch[:middle], batch[middle:]):
+            yield from self._answer([self._start(sequence.request) for sequence in half])
+
+    def _try(self, batch: list[TokenSequence]) -> str | None:
+        """Run a batch; what the device said if its memory was too small, without the error that would hold it."""
         try:
             self._run(batch)
         except torch.OutOfMemoryError as error:
-            free_memory(None)
-            if len(batch) == 1:
-                yield _failed(batch[0].request, _out_of_memory(batch[0].request, error))
-                return
-            # Halve until the row that does not fit stands alone; the others are answered.
-            middle = len(batch) // 2
-            for half in (batch[:middle], batch[middle:]):
-                yield from self._answer([self._start(sequence.request) for sequence in half])
-            return
-        for sequence in batch:
-            yield sequence.completion()
+            return str(error).splitlines()[0] if str(error) else type(error).__name__
+        return None
 
     @torch.inference_mode()
     def _run(self, batch: list[TokenSequence]) -> None:
@@ -129,7 +154,7 @@ class PaddedEngine:
         )
 
 
-class _ChooseToken(LogitsProcessor):  # type: ignore[misc]  # transformers ships no types
+class _ChooseToken(LogitsProcessor):
     """Leaves each row one token to choose: the one its grammar, penalties and sampling give."""
 
     def __init__(self, batch: Sequence[TokenSequence]) -> None:
@@ -147,7 +172,7 @@ class _ChooseToken(LogitsProcessor):  # type: ignore[misc]  # transformers ships
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
 
 
-class _EndOfSequence(StoppingCriteria):  # type: ignore[misc]  # transformers ships no types
+class _EndOfSequence(StoppingCriteria):
     """Hands each row its newest token and tells `generate` which rows are finished."""
 
     def __init__(self, batch: Sequence[TokenSequence]) -> None:
@@ -165,10 +190,10 @@ def _failed(request: Request, error: ExpertError) -> Completion:
     return Completion(request.id, "", "error", len(request.prompt_token_ids), 0, failure)
 
 
-def _out_of_memory(request: Request, error: BaseException) -> OutOfMemoryError:
+def _out_of_memory(request: Request, what_failed: str) -> OutOfMemoryError:
     tokens = len(request.prompt_token_ids) + request.params.max_tokens
     return OutOfMemoryError(
         f"one request of {tokens:,} tokens (prompt and answer) does not fit the device's memory",
-        details=(str(error).splitlines()[0],),
+        details=(what_failed,),
         hint="Lower max_tokens, shorten the prompt, or use a device with more memory.",
     )

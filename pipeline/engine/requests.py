@@ -29,6 +29,8 @@ class RequestBuilder:
         InvalidRequestError: An option is unknown or has a wrong value.
         GrammarError: `use_grammar` is asked for, and the package has no grammar.
         MissingDependencyError: `use_grammar` is asked for, and xgrammar is not installed.
+
+    `grammar` is the grammar that requests are held to which do not choose themselves.
     """
 
     def __init__(
@@ -39,7 +41,7 @@ class RequestBuilder:
         self._context_length = context_length
         self._dialect = default_dialect(package.manifest.capabilities)
         self._params = override_params(manifest_params(package), options or {})
-        self._grammar = choose_grammar(package, (options or {}).get("use_grammar"))
+        self.grammar = choose_grammar(package, (options or {}).get("use_grammar"))
 
     def build(
         self,
@@ -66,7 +68,11 @@ class RequestBuilder:
         options = options or {}
         use_grammar = options.get("use_grammar")
         conversation = build_messages(
-            prompt=prompt, messages=messages, schema=schema, dialect=dialect or self._dialect, system=system
+            prompt=prompt,
+            messages=messages,
+            schema=schema,
+            dialect=self._dialect if dialect is None else dialect,
+            system=system,
         )
         params = override_params(self._params, options) if options else self._params
         token_ids = encode_chat(self._tokenizer, conversation)
@@ -78,7 +84,7 @@ class RequestBuilder:
             )
         if params.max_tokens > room:
             params = replace(params, max_tokens=room)
-        chosen = self._grammar if use_grammar is None else choose_grammar(self._package, use_grammar)
+        chosen = self.grammar if use_grammar is None else choose_grammar(self._package, use_grammar)
         return Request(request_id, token_ids, params, chosen)
 
 
@@ -128,13 +134,14 @@ def choose_grammar(package: ExpertPackage, use_grammar: bool | None) -> str | No
     if package.grammar is None:
         if use_grammar:
             raise GrammarError(f"{package.label} has no grammar", hint="Leave use_grammar out, or pack a grammar.gbnf.")
+        grammars.warn_not_applied(package.label, "and the package has none")
         return None
     if not grammars.is_available():
         if use_grammar:
             raise MissingDependencyError(
                 f"use_grammar is asked for {package.label}, and xgrammar is not installed", hint=grammars.INSTALL_HINT
             )
-        grammars.warn_unavailable(package.label)
+        grammars.warn_not_applied(package.label, f"and xgrammar is not installed. {grammars.INSTALL_HINT}")
         return None
     return package.grammar
 
@@ -146,7 +153,7 @@ def manifest_params(package: ExpertPackage) -> SamplingParams:
         InvalidRequestError: The manifest's decoding holds a value out of range.
     """
     decoding = package.manifest.decoding
-    given = {
+    given: dict[str, Any] = {
         "temperature": decoding.temperature,
         "top_p": decoding.top_p,
         "top_k": decoding.top_k,

@@ -63,10 +63,14 @@ def load_expert(
             f"the tokenizer of {package.label} has {len(tokenizer):,} tokens and the base model {vocab_size:,}",
             hint="Pack the tokenizer that belongs to the base model.",
         )
+    requests = RequestBuilder(package, tokenizer, base.context_length, options)
     base = merge_adapter(base, package)
+    engine = PaddedEngine(base, tokenizer, batch_size=batch_size, max_batch_tokens=max_batch_tokens)
+    if requests.grammar is not None:
+        engine.check_grammar(requests.grammar)
     return LoadedExpert(
-        engine=PaddedEngine(base, tokenizer, batch_size=batch_size, max_batch_tokens=max_batch_tokens),
-        requests=RequestBuilder(package, tokenizer, base.context_length, options),
+        engine=engine,
+        requests=requests,
         device=str(base.device),
         dtype=str(base.dtype).removeprefix("torch."),
     )

@@ -58,7 +58,9 @@ def sample(
     chosen = logits.argmax(dim=-1)
     drawn = [row for row, options in enumerate(params) if options.temperature > 0]
     if drawn:
-        chosen[drawn] = _draw(logits[drawn].float(), [params[row] for row in drawn], [positions[row] for row in drawn])
+        # In float64 on the CPU, for the same numbers on every device; some devices have no float64 at all.
+        tokens = _draw(logits[drawn].cpu(), [params[row] for row in drawn], [positions[row] for row in drawn])
+        chosen[drawn] = tokens.to(chosen.device)
     return chosen
 
 
@@ -67,18 +69,19 @@ def _draw(logits: torch.Tensor, params: Sequence[SamplingParams], positions: Seq
         return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]  # [rows, 1]
 
     vocab = logits.shape[-1]
-    scaled = logits.double() / column([options.temperature for options in params])
-    ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
+    probabilities = (logits.double() / column([options.temperature for options in params])).softmax(dim=-1)
+    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(vocab, device=logits.device)[None, :]  # [1, vocab]
-    probabilities = ordered.softmax(dim=-1)
     kept = rank < column([options.top_k or vocab for options in params])
-    kept &= probabilities >= probabilities[:, :1] * column([options.min_p for options in params])
-    kept_mass = (probabilities * kept).cumsum(dim=-1)
-    before = kept_mass - probabilities * kept
-    kept &= before < column([options.top_p for options in params]) * kept_mass[:, -1:]
+    kept &= ordered >= ordered[:, :1] * column([options.min_p for options in params])
+    mass = (ordered * kept).cumsum(dim=-1)
+    kept &= mass - ordered * kept < column([options.top_p for options in params]) * mass[:, -1:]
     kept[:, 0] = True
+    # The draw runs over token ids, not over ranks: tokens of nearly the same probability change ranks with the rounding
+    # of another batch shape, and would change places in the draw.
+    kept = torch.zeros_like(kept).scatter_(-1, order, kept)
     cumulative = (probabilities * kept).cumsum(dim=-1)  # [rows, vocab]
     target = column([uniform(options.seed, at) for options, at in zip(params, positions, strict=True)])
-    index = (cumulative <= target * cumulative[:, -1:]).sum(dim=-1, keepdim=True)
-    last = (kept * rank).amax(dim=-1, keepdim=True)
-    return order.gather(-1, torch.minimum(index, last)).squeeze(-1)
+    index = (cumulative <= target * cumulative[:, -1:]).sum(dim=-1)
+    last = (kept * rank).amax(dim=-1)
+    return torch.minimum(index, last)

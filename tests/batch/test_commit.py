@@ -220,5 +220,5 @@ def test_a_damaged_part_is_not_committed(output):
 
 
 def test_a_receipt_travels_as_json():
-    receipt = Receipt(1, 2, 0, 3, 4, 5, "part-00001.jsonl", "ab")
+    receipt = Receipt(1, 2, {}, 3, 4, 5, "part-00001.jsonl", "ab")
     assert Receipt.from_json(receipt.to_json()) == receipt

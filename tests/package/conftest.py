@@ -2,6 +2,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from tests.package.expert_fixtures import expert_files, write_archive, write_files
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.package.expert_fixtures import ADAPTER_CONFIG, manifest, weights
 
 from pipeline.errors import AdapterError, IntegrityError, ManifestError
 from pipeline.package import AdapterConfig, open_package
 from pipeline.package.adapter import read_adapter_config
+from tests.package.expert_fixtures import ADAPTER_CONFIG, manifest, weights
 
 IA3 = {"peft_type": "IA3", "target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
 LOKR = {"peft_type": "LOKR", "r": 8, "alpha": 16, "target_modules": ["q_proj"], "decompose_factor": 4}

@@ -11,12 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.package.expert_fixtures import BLOCK, archive, expert_files, good_members, header, member, padded, pax, tar
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import ArchiveError, ConfigError, LoadError, ManifestError
 from pipeline.package import ArchiveLimits, open_package
+from tests.package.expert_fixtures import BLOCK, archive, expert_files, good_members, header, member, padded, pax, tar
 
 SMALL = ArchiveLimits(total_bytes=64 << 20, file_bytes=32 << 20, members=200, path_length=200, depth=8)
 GOOD = good_members()

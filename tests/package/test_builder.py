@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.package.expert_fixtures import expert_files, manifest, weights, write_files
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import AdapterError, ConfigError, ManifestError
 from pipeline.package import open_package, pack
+from tests.package.expert_fixtures import expert_files, manifest, weights, write_files
 
 PARTS = st.text(st.sampled_from("abcXYZ0-_. éß漢"), min_size=1, max_size=8).filter(lambda part: part.strip(".") == part)
 EXTRAS = st.dictionaries(st.lists(PARTS, min_size=1, max_size=3).map("/".join), st.binary(max_size=300), max_size=5)

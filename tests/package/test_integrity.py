@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.package.expert_fixtures import write_files
 
 from pipeline.errors import ArchiveError, IntegrityError
 from pipeline.package import ArchiveLimits, open_package
 from pipeline.package.integrity import content_digest, scan_directory
+from tests.package.expert_fixtures import write_files
 
 LIMITS = ArchiveLimits()
 

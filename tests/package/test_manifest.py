@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.package.expert_fixtures import manifest
 
 from pipeline.errors import ManifestError
 from pipeline.package.manifest import Manifest
 from pipeline.package.manifest_reader import read_manifest
+from tests.package.expert_fixtures import manifest
 
 PUBLISHED = Path(__file__).parents[3] / "shared" / "upstream" / "expert-sql" / "manifest.json"
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import fsspec
 import pytest
-from tests.package.expert_fixtures import ADAPTER_CONFIG, archive, expert_files, manifest, weights, write_archive
 
 from pipeline.errors import (
     ArchiveError,
@@ -27,6 +26,7 @@ from pipeline.errors import (
     PackageNotFoundError,
 )
 from pipeline.package import ArchiveLimits, open_package
+from tests.package.expert_fixtures import ADAPTER_CONFIG, archive, expert_files, manifest, weights, write_archive
 
 
 def decoding(**fields: Any) -> bytes:
