@@ -125,7 +125,8 @@ def _receipts(job: PreparedJob, pending: list[Shard], workers: Workers) -> Itera
         answered = ray.data.read_datasource(
             ShardDatasource(pending, job.config.storage_options),
             num_cpus=0,  # reading waits for storage; it must find room beside workers that hold every core
-            compute=TaskPoolStrategy(size=READS_PER_WORKER * workers.count),
+            compute=TaskPoolStrategy(size=min(READS_PER_WORKER * workers.count, len(pending))),
+            override_num_blocks=len(pending),  # Ray Data would cut the blocks of a short plan further
         ).map_batches(
             ShardWorker,
             fn_constructor_args=(_worker_job(job, workers),),
