@@ -36,7 +36,7 @@ format: $(STAMP)  ## format the code and apply safe lint fixes
 test: $(STAMP)  ## run all tests
 	$(BIN)/python -m pytest
 
-train: $(STAMP)  ## make the demo model and its experts again (about an hour on two cores)
+train: $(STAMP)  ## make the demo model and its experts again (about 20 minutes on two cores)
 	$(BIN)/python -m pipeline.demo.train
 
 clean:  ## remove what these targets made, the environment included

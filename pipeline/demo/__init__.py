@@ -1,6 +1,6 @@
 """A tiny real base model and three real experts, to try everything with and to test everything on.
 
-The base is a `Qwen3ForCausalLM` of two million parameters, trained from nothing in half an hour on two cores; the
+The base is a `Qwen3ForCausalLM` of two million parameters, trained from nothing in twenty minutes on two cores; the
 experts are ordinary `.expert` packages: **sql** (DoRA, with a grammar), **cypher** (LoRA) and **json** (LoRA, rsLoRA).
 
 They live in a small closed world: schemas of one or two tables drawn from sixty nouns, thirty columns and a hundred
