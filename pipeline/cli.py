@@ -124,6 +124,8 @@ def inspect(
             typer.echo(json.dumps(card, ensure_ascii=False, indent=2))
             return
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
         for name, value in card.items():
             lines = value if isinstance(value, list) else [value]
             table.add_row(f"[bold]{name}[/bold]", escape("\n".join(map(str, lines)) or "-"))

@@ -35,6 +35,7 @@ class BatchResult:
         self.manifest = manifest
         self.report = report
         self._storage = job.output.storage
+        self._ray_address = job.config.ray_address
         self._form = job.part_format
 
     @property
@@ -48,7 +49,9 @@ class BatchResult:
         import ray.data
 
         from pipeline.batch.blocks import PartsDatasource
+        from pipeline.batch.cluster import connect
 
+        connect(self._ray_address)
         if not self.manifest["parts"]:
             return ray.data.from_arrow(self._form.schema.empty_table())
         names = [part["path"] for part in self.manifest["parts"]]

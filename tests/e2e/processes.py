@@ -72,3 +72,29 @@ def wait_until(condition: Callable[[], bool], *, seconds: float) -> bool:
             return True
         time.sleep(0.1)
     return condition()
+
+
+def descendants(pid: int, name: str) -> list[int]:
+    """Processes below `pid` whose command line begins with `name`."""
+    parents: dict[int, int] = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(status.parent.name)] = int(status.read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError):  # it ended while we looked
+            continue
+
+    def is_below(child: int) -> bool:
+        for _ in range(20):
+            child = parents.get(child, 0)
+            if child == pid:
+                return True
+        return False
+
+    return [child for child in parents if is_below(child) and _command_line(child).startswith(name)]
+
+
+def _command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""

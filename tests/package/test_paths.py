@@ -25,7 +25,7 @@ def test_an_accepted_path_stays_inside(name: str) -> None:
         path = safe_path(name, LIMITS)
     except ValueError:
         return
-    root = Path("/root/of/package")
+    root = Path("/somewhere/package")
     assert (root / path).resolve().is_relative_to(root)
     assert ".." not in PurePosixPath(path).parts
     assert safe_path(path, LIMITS) == path
