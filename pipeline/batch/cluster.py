@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from pipeline.errors import BatchError
 
 OWN_NAMESPACE = "expert-pipeline"
 STDERR = 2
+CONNECT_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -80,13 +82,20 @@ def _start_local() -> None:
 
 
 def _started_by_ray_start() -> str | None:
-    """The address that `ray start` wrote down on this machine.
+    """The address that `ray start` wrote down on this machine, if something still listens there.
 
-    `ray.init(address="auto")` would also join a cluster that another program started for itself, and die with it.
+    `ray.init(address="auto")` would also join a cluster that another program started for itself, and die with it; and
+    it tries for minutes to reach one that is gone.
     """
     from ray._private.utils import read_ray_address
 
-    return read_ray_address() or None
+    address = read_ray_address() or ""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except (OSError, ValueError):
+        return None
+    return address
 
 
 @contextmanager

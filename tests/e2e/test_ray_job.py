@@ -1,6 +1,8 @@
 """`ray start --head`, then the README's `ray job submit` line: the same answers as a local run, byte for byte."""
 
+import shutil
 import socket
+import tempfile
 import urllib.error
 import urllib.request
 from http import HTTPStatus
@@ -34,10 +36,12 @@ def answers(address: str) -> bool:
 @pytest.mark.usefixtures("cluster")
 def test_a_submitted_job_equals_a_local_run(job_options: dict[str, Any], questions: Path, tmp_path: Path) -> None:
     local = run_batch(**job_options, output=tmp_path / "local")
+    session = tempfile.mkdtemp(prefix="ray-")  # sockets lie in it: a path of pytest's would be too long for them
     port = free_port()
     head = [
         *(BIN / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"),
         *(f"--port={free_port()}", f"--dashboard-port={port}", "--num-cpus=2", "--disable-usage-stats"),
+        f"--temp-dir={session}",  # where it writes down its address, too
         f"--dashboard-agent-listen-port={free_port()}",  # another cluster of these tests has the usual one
     ]
     address = f"http://127.0.0.1:{port}"
@@ -58,6 +62,7 @@ def test_a_submitted_job_equals_a_local_run(job_options: dict[str, Any], questio
         failed = run([*submit, BIN / "python", "jobs/batch.py", "--config", "configs/nothing.yaml"], seconds=120)
         assert failed.returncode != 0
         assert "ConfigError" in failed.stdout
+    shutil.rmtree(session, ignore_errors=True)
     for path in map(Path, local.parts):
         assert path.read_bytes() == (tmp_path / "submitted" / path.name).read_bytes()
     assert (tmp_path / "submitted" / "_SUCCESS").exists()
