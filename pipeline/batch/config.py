@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -50,6 +50,22 @@ _RayQuantity = Annotated[
 _MODE = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+class SamplingColumnsConfig(BaseModel):
+    """Columns in which a row brings its own sampling options; null in one follows the job."""
+
+    model_config = _MODE
+
+    temperature: _Text | None = Field(None, description="Column with the row's temperature.")
+    top_p: _Text | None = Field(None, description="Column with the row's top_p.")
+    top_k: _Text | None = Field(None, description="Column with the row's top_k.")
+    min_p: _Text | None = Field(None, description="Column with the row's min_p.")
+    repetition_penalty: _Text | None = Field(None, description="Column with the row's repetition_penalty.")
+    max_tokens: _Text | None = Field(None, description="Column with the row's max_tokens.")
+    stop: _Text | None = Field(None, description="Column with the row's stop strings.")
+    seed: _Text | None = Field(None, description="Column with the row's seed, which goes before the job's.")
+    use_grammar: _Text | None = Field(None, description="Column with the row's use_grammar.")
+
+
 class ColumnsConfig(BaseModel):
     """Which column of the dataset plays which role.
 
@@ -73,6 +89,9 @@ class ColumnsConfig(BaseModel):
         None, description="Column with the dialect that goes with the schema, such as postgres."
     )
     expected: _Text | None = Field(None, description="Column with the right answer, to be compared with the given one.")
+    sampling: Annotated[SamplingColumnsConfig, BeforeValidator(_section)] = Field(
+        default_factory=SamplingColumnsConfig, description="Columns with a row's own sampling options."
+    )
 
 
 class SamplingConfig(BaseModel):
@@ -243,13 +262,14 @@ class ResolvedColumns:
     system: str | None
     dialect: str | None
     expected: str | None
+    sampling: Mapping[str, str] = field(default_factory=dict)
 
 
 def resolve_columns(columns: ColumnsConfig, available: Sequence[str]) -> ResolvedColumns:
     """Find the column for each role.
 
-    A role without a name takes the column of its own name, if there is one. When only one of prompt and messages is
-    named, the other takes none: the named one is meant.
+    A role without a name takes the column of its own name, if there is one; a sampling option takes none. When only
+    one of prompt and messages is named, the other takes none: the named one is meant.
 
     Args:
         columns: The names a person gave.
@@ -258,8 +278,10 @@ def resolve_columns(columns: ColumnsConfig, available: Sequence[str]) -> Resolve
     Raises:
         DatasetError: A named column is not in the dataset, or there is neither a prompt nor a messages column.
     """
-    named: Mapping[str, str | None] = columns.model_dump(by_alias=True)
-    missing = [(role, name) for role, name in named.items() if name is not None and name not in available]
+    named: Mapping[str, str | None] = columns.model_dump(by_alias=True, exclude={"sampling"})
+    options: dict[str, str] = columns.sampling.model_dump(exclude_none=True)
+    wanted = [*named.items(), *((f"sampling.{option}", name) for option, name in options.items())]
+    missing = [(role, name) for role, name in wanted if name is not None and name not in available]
     if missing:
         raise DatasetError(
             f"the dataset has no column {', '.join(repr(name) for _, name in missing)}",
@@ -276,7 +298,7 @@ def resolve_columns(columns: ColumnsConfig, available: Sequence[str]) -> Resolve
             details=[f"its columns are: {_listed(available)}"],
             hint="say which column holds the prompts: columns.prompt or columns.messages",
         )
-    return ResolvedColumns(**found)
+    return ResolvedColumns(**found, sampling=options)
 
 
 def _no_column(name: str, available: Sequence[str]) -> str:

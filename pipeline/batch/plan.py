@@ -151,7 +151,7 @@ def job_fingerprint(
         "base_model": package.base.name,
         "base_model_sha256": model_digest(base_path),
         "dtype": config.dtype or "auto",
-        "columns": {role: name for role, name in asdict(columns).items() if name is not None and role != "expected"},
+        "columns": {role: name for role, name in asdict(columns).items() if name and role != "expected"},
         "sampling": dict(options),
         "seed": config.seed,
         "dataset_sha256": plan.digest,

@@ -109,7 +109,9 @@ class ShardWorker:
             fields["messages"] = _messages_from_json(messages)
         identity = row.values.get(columns.id) if columns.id is not None else None
         seed = row_seed(self._job.seed, row.identity if identity is None else f"id:{identity}")
-        return self._expert.requests.build(request_id, **fields, options={"seed": seed})
+        own = {option: row.values.get(column) for option, column in columns.sampling.items()}
+        options = {"seed": seed, **{option: value for option, value in own.items() if value is not None}}
+        return self._expert.requests.build(request_id, **fields, options=options)
 
 
 def _load(job: WorkerJob) -> "LoadedExpert":

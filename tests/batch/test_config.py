@@ -21,6 +21,7 @@ from pipeline.errors import ConfigError, DatasetError, InvalidRequestError
 EXAMPLE = Path(__file__).parents[2] / "configs" / "batch.yaml"
 REQUIRED: dict[str, Any] = {"dataset": "in.parquet", "expert": "sql.expert", "output": "out"}
 HEAD = "dataset: in.parquet\nexpert: sql.expert\noutput: out\n"  # lines 1 to 3
+ROLES = ("prompt", "messages", "id", "schema", "system", "dialect", "expected")
 SECTIONS: dict[str, type[BaseModel]] = {"": BatchConfig, "columns.": ColumnsConfig, "sampling.": SamplingConfig}
 
 Write = Callable[[str], Path]
@@ -149,6 +150,7 @@ def test_missing_options_are_all_named() -> None:
         (
             {"columns": ["prompt"]},
             "columns: expected a mapping with the keys prompt, messages, id, schema, system, dialect, expected, "
+            "sampling, "
             "got a list of 1",
         ),
         ({"sampling": {"top_p": 0}}, "sampling.top_p: expected a number above 0 and at most 1, got 0"),
@@ -169,7 +171,8 @@ def test_missing_options_are_all_named() -> None:
         ({"columns": {"schema_": "ddl"}}, "columns.schema_: unknown key; did you mean `schema`?"),
         (
             {"columns": {"zzz": "q"}},
-            "columns.zzz: unknown key; expected one of prompt, messages, id, schema, system, dialect, expected",
+            "columns.zzz: unknown key; expected one of prompt, messages, id, schema, system, dialect, expected, "
+            "sampling",
         ),
     ],
 )
@@ -419,7 +422,7 @@ SAFE_TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
         optional={
             "seed": st.integers(0, 2**64 - 1),
             "num_gpus": st.floats(0, 1),
-            "columns": st.dictionaries(st.sampled_from(key_names(ColumnsConfig)), SAFE_TEXT),
+            "columns": st.dictionaries(st.sampled_from(ROLES), SAFE_TEXT),
             "sampling": st.fixed_dictionaries({}, optional={"temperature": st.floats(0, 100), "stop": SAFE_TEXT}),
             "models": st.dictionaries(SAFE_TEXT, SAFE_TEXT, max_size=3),
         },
@@ -571,7 +574,7 @@ def test_example_with_everything_switched_on_is_valid_and_has_every_key(tmp_path
 
 
 def roles(**columns: str) -> ResolvedColumns:
-    names = [field.name for field in dataclasses.fields(ResolvedColumns)]
+    names = [field.name for field in dataclasses.fields(ResolvedColumns) if field.name != "sampling"]
     return ResolvedColumns(**(dict.fromkeys(names) | columns))
 
 
@@ -614,3 +617,16 @@ def test_dataset_without_prompts_is_refused(available: list[str], listed: str) -
     with pytest.raises(DatasetError, match="neither a column `prompt` nor a column `messages`") as caught:
         resolve_columns(ColumnsConfig(), available)
     assert caught.value.details[0].endswith(listed)
+
+
+def test_a_row_may_bring_its_own_sampling_options() -> None:
+    columns = BatchConfig.from_options(**REQUIRED, columns={"sampling": {"max_tokens": "limit"}}).columns
+    assert resolve_columns(columns, ["prompt", "limit"]).sampling == {"max_tokens": "limit"}
+    assert resolve_columns(ColumnsConfig(), ["prompt", "max_tokens"]).sampling == {}, "only when it is asked for"
+    with pytest.raises(DatasetError) as caught:
+        resolve_columns(columns, ["prompt", "limits"])
+    assert caught.value.details == ("columns.sampling.max_tokens: no column 'limit'; did you mean 'limits'?",)
+    with pytest.raises(ConfigError) as unknown:
+        BatchConfig.from_options(**REQUIRED, columns={"sampling": {"max_token": "limit"}})
+    assert "max_token" in unknown.value.details[0]
+    assert "max_tokens" in unknown.value.details[0]

@@ -159,6 +159,18 @@ def test_bad_rows_become_error_rows_and_the_others_are_answered(job_options: dic
     assert len(result.to_pandas()) == 10
 
 
+def test_a_row_may_bring_its_own_options(job_options: dict[str, Any], tmp_path: Path) -> None:
+    row = {"prompt": "List the city of all users.", "schema": "CREATE TABLE users (id INT, name TEXT, city TEXT);"}
+    rows = [{**row, "limit": limit} for limit in (1, None, 2, "two")]
+    options = {name: value for name, value in job_options.items() if name != "dataset"}
+    result = run_batch(rows, **options, columns={"sampling": {"max_tokens": "limit"}}, output=tmp_path / "out")
+    frame = result.to_pandas()
+    assert frame["completion_tokens"].tolist()[0] == 1
+    assert frame["text"][1] == "SELECT city FROM users"
+    assert frame["completion_tokens"].tolist()[2] == 2
+    assert frame["error"][3]["code"] == InvalidRequestError.code
+
+
 def test_rows_in_memory(answered: BatchResult, job_options: dict[str, Any], questions: Path, tmp_path: Path) -> None:
     import ray.data
 
