@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import socket
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from pipeline.errors import BatchError
 OWN_NAMESPACE = "expert-pipeline"
 STDERR = 2
 CONNECT_SECONDS = 2.0
+_HOST_AND_PORT = re.compile(r"[^/]+:\d{1,5}")
 
 
 @dataclass(frozen=True)
@@ -45,32 +47,48 @@ def connect(address: str | None = None) -> Cluster:
     _silence()
     if not ray.is_initialized():
         wanted = address or os.environ.get("RAY_ADDRESS") or _started_by_ray_start()
-        if wanted is None or wanted == "local" or not _join(wanted, is_asked_for=wanted == address):
+        if wanted in (None, "local"):
             _start_local()
+        else:
+            _join(wanted)
     resources = ray.cluster_resources()
     is_local = ray.get_runtime_context().namespace == OWN_NAMESPACE
     return Cluster(resources.get("CPU", 0.0), resources.get("GPU", 0.0), is_local)
 
 
-def _join(address: str, *, is_asked_for: bool) -> bool:
+def _join(address: str) -> None:
+    # Ray itself tries for minutes to reach a cluster that is not there.
+    if _HOST_AND_PORT.fullmatch(address) and not _listens(address):
+        raise _no_cluster(address, "nothing listens there")
     try:
         with _native_output_dropped():
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        if not is_asked_for and "RAY_ADDRESS" not in os.environ:
-            return False  # what `ray start` wrote down is gone
-        raise BatchError(
-            f"no Ray cluster answers at {address}",
-            details=(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",),
-            hint="Start one with `ray start --head`, correct ray_address or RAY_ADDRESS, or leave both out.",
-        ) from error
+        why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        raise _no_cluster(address, why) from error
+
+
+def _no_cluster(address: str, why: str) -> BatchError:
+    return BatchError(
+        f"no Ray cluster answers at {address}",
+        details=(why,),
+        hint="Start one with `ray start --head`, correct ray_address or RAY_ADDRESS, or leave both out.",
+    )
+
+
+def _listens(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError:
+        return False
     return True
 
 
 def _start_local() -> None:
     # Ray would report its use to its makers; a batch job on a closed network must not try.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    with _native_output_dropped():
+    with _native_output_dropped(), _loopback_only():
         ray.init(
             address="local",
             namespace=OWN_NAMESPACE,
@@ -84,18 +102,35 @@ def _start_local() -> None:
 def _started_by_ray_start() -> str | None:
     """The address that `ray start` wrote down on this machine, if something still listens there.
 
-    `ray.init(address="auto")` would also join a cluster that another program started for itself, and die with it; and
-    it tries for minutes to reach one that is gone.
+    `ray.init(address="auto")` would also join a cluster that another program started for itself, and die with it.
     """
     from ray._private.utils import read_ray_address
 
     address = read_ray_address() or ""
-    host, _, port = address.rpartition(":")
+    return address if _HOST_AND_PORT.fullmatch(address) and _listens(address) else None
+
+
+@contextmanager
+def _loopback_only() -> Iterator[None]:
+    """Clusters started in here listen on loopback.
+
+    On Linux Ray turns 127.0.0.1 into the machine's own address, and then listens on every interface, unless it is told
+    that this is a platform for one machine only.
+    """
+    from ray._private import ray_constants
+
+    name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    kept = os.environ.get(name)
+    os.environ[name] = "0"  # for the processes it starts
+    ray_constants.ENABLE_RAY_CLUSTER = False  # for this one, which read it when Ray was imported
     try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
-    except (OSError, ValueError):
-        return None
-    return address
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        if kept is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = kept
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -98,3 +98,22 @@ def _command_line(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_text()
     except OSError:
         return ""
+
+
+def listening_addresses(pids: Iterable[int]) -> set[str]:
+    """The addresses on which these processes listen, as `/proc/net/tcp` writes them."""
+    inodes = set()
+    for pid in pids:
+        for handle in Path(f"/proc/{pid}/fd").glob("*"):
+            try:
+                inodes.add(str(handle.readlink()))
+            except OSError:  # closed, or the process ended, while we looked
+                continue
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            columns = line.split()
+            is_listening = columns[3] == "0A"
+            if is_listening and f"socket:[{columns[9]}]" in inodes:
+                found.add(columns[1].partition(":")[0])
+    return found

@@ -1,0 +1,33 @@
+"""The cluster that a job starts for itself: on loopback, and only when there is none to join."""
+
+import os
+import socket
+
+import pytest
+
+from pipeline.batch.cluster import connect
+from tests.e2e.processes import BIN, descendants, listening_addresses, run
+
+LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+
+
+@pytest.mark.usefixtures("cluster")
+def test_it_listens_on_loopback_only() -> None:
+    pids = descendants(os.getpid(), "")
+    addresses = listening_addresses(pids)
+    assert len(pids) >= 3, "the cluster's processes are below this one"
+    assert addresses
+    assert addresses <= LOOPBACK
+    assert connect().is_local
+    assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ, "what it changed to start is changed back"
+
+
+def test_a_cluster_that_is_asked_for_and_gone_is_an_error() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    code = f"from pipeline.batch.cluster import connect; connect('127.0.0.1:{port}')"
+    done = run([BIN / "python", "-c", code], seconds=60)
+    assert done.returncode != 0
+    assert "BatchError: no Ray cluster answers at" in done.stderr
+    assert "Start one with `ray start --head`" in done.stderr
