@@ -80,6 +80,7 @@ def execute(job: PreparedJob, done: Mapping[int, Receipt], progress: Progress, p
                 first, seconds = next(receipts)
             # The first shard was answered before its receipt came: that was running, not starting.
             phases.move(seconds, "start", "run")
+            progress.began(seconds)
             with phases.phase("run"):
                 for receipt in _after(first, receipts):
                     progress.update(receipt)

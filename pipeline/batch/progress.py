@@ -85,6 +85,11 @@ class Progress:
         self._count = _Count(shards_total, shards_done, rows_total, rows_done, started, errors=errors_done)
         self._show()
 
+    def began(self, seconds: float) -> None:
+        """Count rates from so many seconds ago: when the first shard was begun, not while workers were started."""
+        if self._count is not None:
+            self._count.started = self._clock() - seconds
+
     @contextmanager
     def ticking(self) -> Iterator[None]:
         """Show the line from time to time while inside, also when no shard is finished: a long one is no standstill."""

@@ -28,13 +28,16 @@ def run_demo(folder: Path, rows: int, console: Console) -> BatchResult:
     if not questions.exists():
         console.print(f"Making {rows:,} questions that the demo model has never seen ...")
         write_questions(questions, rows, task="sql")
+    # Only a job that is still to be run needs a cluster to be asked how large it is.
+    is_done = (answers / "_SUCCESS").exists()
+    num_workers = 1 if is_done else max(1, min(MAX_WORKERS, int(connect().num_cpus)))
     console.print(f"Answering {questions} with {demo.package('sql').name} on Ray ...")
     result = run_batch(
         str(questions),
         demo.package("sql"),
         base_model=demo.BASE_MODEL,
         output=answers,
-        num_workers=max(1, min(MAX_WORKERS, int(connect().num_cpus))),
+        num_workers=num_workers,
     )
     frame = result.to_pandas()
     console.print(_samples(frame))

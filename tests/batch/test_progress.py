@@ -7,6 +7,7 @@ import os
 import pty
 import struct
 import termios
+import time
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, dataclass, replace
 from pathlib import Path
@@ -83,6 +84,28 @@ def test_interval_is_taken() -> None:
 
     assert len(log_lines(work, seconds=1.0)) == 11
     assert len(log_lines(work, seconds=60.0)) == 2
+
+
+def test_starting_the_workers_does_not_count_in_the_rate() -> None:
+    def work(progress: Progress, clock: Clock) -> None:
+        progress.start(10, 0, 100, 0)
+        clock.now += 30.0
+        progress.began(2.0)
+        progress.update(Done(rows=10, completion_tokens=40))
+
+    assert log_lines(work)[1] == "10/100 rows  10.0%  5.0 rows/s  20 tokens/s  0 errors  ETA 0:18"
+
+
+def test_the_line_ticks_while_a_shard_is_being_answered() -> None:
+    stream = io.StringIO()
+    progress = Progress(stream=stream, seconds=1.0)
+    with progress.ticking():
+        progress.start(10, 0, 100, 0)
+        deadline = time.monotonic() + 10
+        progress.update(Done())
+        while stream.getvalue().count("\n") < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert stream.getvalue().count("\n") >= 2, "a second line came without a second update"
 
 
 def test_committed_rows_count_in_the_total_but_not_in_the_rate() -> None:
