@@ -72,7 +72,8 @@ def _no_cluster(address: str, why: str) -> BatchError:
     return BatchError(
         f"no Ray cluster answers at {address}",
         details=(why,),
-        hint="Start one with `ray start --head`, correct ray_address or RAY_ADDRESS, or leave both out.",
+        hint="Start one with `ray start --head`, correct ray_address or RAY_ADDRESS, or leave both out; "
+        "if the cluster asks for a token, as Ray's do unless told otherwise, set RAY_AUTH_MODE=token.",
     )
 
 

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,14 +13,16 @@ BIN = Path(sys.executable).parent
 PROJECT = Path(__file__).parents[2]
 
 
-def environment() -> dict[str, str]:
-    """This process's, without a cluster to join and with everything quiet."""
-    dropped = ("RAY_ADDRESS", "RAY_JOB_ID")
+def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
+    """This process's, without a cluster to join or a token of one, and with everything quiet."""
+    dropped = ("RAY_ADDRESS", "RAY_JOB_ID", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
-    return {**kept, "RAY_USAGE_STATS_ENABLED": "0", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    return {**kept, **(more or {}), "RAY_USAGE_STATS_ENABLED": "0", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
 
 
-def run(arguments: Sequence[str | Path], *, seconds: float = 180) -> subprocess.CompletedProcess[str]:
+def run(
+    arguments: Sequence[str | Path], *, seconds: float = 180, more: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run a program to its end."""
     return subprocess.run(
         list(map(str, arguments)),
@@ -29,12 +31,14 @@ def run(arguments: Sequence[str | Path], *, seconds: float = 180) -> subprocess.
         timeout=seconds,
         check=False,
         cwd=PROJECT,
-        env=environment(),
+        env=environment(more),
     )
 
 
 @contextmanager
-def running(arguments: Sequence[str | Path], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def running(
+    arguments: Sequence[str | Path], log: Path, *, more: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
     """A program in a process group of its own; the whole group is ended on leaving."""
     with (
         log.open("wb") as output,
@@ -43,7 +47,7 @@ def running(arguments: Sequence[str | Path], log: Path) -> Iterator[subprocess.P
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=PROJECT,
-            env=environment(),
+            env=environment(more),
             start_new_session=True,
         ) as process,
     ):

@@ -1,5 +1,6 @@
 """`ray start --head`, then the README's `ray job submit` line: the same answers as a local run, byte for byte."""
 
+import secrets
 import shutil
 import socket
 import tempfile
@@ -45,21 +46,24 @@ def test_a_submitted_job_equals_a_local_run(job_options: dict[str, Any], questio
         f"--dashboard-agent-listen-port={free_port()}",  # another cluster of these tests has the usual one
     ]
     address = f"http://127.0.0.1:{port}"
-    with running(head, tmp_path / "head.log"):
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    with running(head, tmp_path / "head.log", more=token):
         assert wait_until(lambda: answers(address), seconds=90), (tmp_path / "head.log").read_text()
         submit = [BIN / "ray", "job", "submit", f"--address={address}", f"--working-dir={PROJECT}", "--"]
         job = [
             *(BIN / "python", "jobs/batch.py", "--config", "configs/demo.yaml"),
             *(f"dataset={questions}", f"output={tmp_path / 'submitted'}", "shard_rows=32", "num_workers=1"),
         ]
-        submitted = run([*submit, *job], seconds=240)
+        submitted = run([*submit, *job], seconds=240, more=token)
         for _ in range(10):  # the dashboard is up a little before the agent that starts jobs
             if "No available agent" not in submitted.stdout + submitted.stderr:
                 break
-            submitted = run([*submit, *job], seconds=240)
+            submitted = run([*submit, *job], seconds=240, more=token)
         assert submitted.returncode == 0, submitted.stdout + submitted.stderr
         assert "succeeded" in submitted.stdout.lower()
-        failed = run([*submit, BIN / "python", "jobs/batch.py", "--config", "configs/nothing.yaml"], seconds=120)
+        failed = run(
+            [*submit, BIN / "python", "jobs/batch.py", "--config", "configs/nothing.yaml"], seconds=120, more=token
+        )
         assert failed.returncode != 0
         assert "ConfigError" in failed.stdout
     shutil.rmtree(session, ignore_errors=True)
