@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import pyarrow as pa
@@ -82,7 +83,7 @@ def execute(job: PreparedJob, done: Mapping[int, Receipt], progress: Progress, p
             phases.move(seconds, "start", "run")
             progress.began(seconds)
             with phases.phase("run"):
-                for receipt in _after(first, receipts):
+                for receipt, _ in chain([(first, seconds)], receipts):
                     progress.update(receipt)
                     rows += receipt.rows
                     tokens += receipt.completion_tokens
@@ -165,12 +166,6 @@ def _worker_job(job: PreparedJob, workers: Workers) -> WorkerJob:
         output=job.output,
         part_format=job.part_format,
     )
-
-
-def _after(first: Receipt, receipts: Iterator[tuple[Receipt, float]]) -> Iterator[Receipt]:
-    yield first
-    for receipt, _ in receipts:
-        yield receipt
 
 
 @contextmanager

@@ -115,7 +115,7 @@ def _match(item: str, options: Mapping[str, Any] | None) -> _Match:
         filesystem.invalidate_cache()
         if filesystem.isdir(path):
             sizes = dict(_walk(filesystem, path))
-            visible = {found: size for found, size in sizes.items() if not _is_hidden(_relative(found, path))}
+            visible = {found: size for found, size in sizes.items() if not is_hidden(_relative(found, path))}
             if not visible:
                 raise DatasetError(
                     f"the directory {item} holds no data files",
@@ -145,7 +145,7 @@ def _glob(filesystem: Any, pattern: str, item: str) -> _Match:
             sizes.update(_walk(filesystem, path))
         else:
             sizes[path] = _file_size(filesystem, path)
-    visible = {path: size for path, size in sizes.items() if wants_hidden or not _is_hidden(_relative(path, root))}
+    visible = {path: size for path, size in sizes.items() if wants_hidden or not is_hidden(_relative(path, root))}
     if not visible:
         raise DatasetError(
             f"nothing matches {item}",
@@ -215,7 +215,8 @@ def _relative(path: str, root: str) -> str:
     return path.removeprefix(root).lstrip("/")
 
 
-def _is_hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
+    """Whether listing a dataset passes over this relative path: a part of it begins with an underscore or a dot."""
     return any(part.startswith(("_", ".")) for part in name.split("/"))
 
 

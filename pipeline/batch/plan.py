@@ -10,16 +10,26 @@ from typing import Any
 
 from pipeline.batch.commit import JobOutput
 from pipeline.batch.config import BatchConfig, ResolvedColumns, resolve_columns
+from pipeline.batch.files import is_hidden
 from pipeline.batch.filesystems import protocol_of
 from pipeline.batch.parts import PartFormat, plan_part_format
 from pipeline.batch.shards import ShardPlan
 from pipeline.batch.source import plan_shards
 from pipeline.batch.storage import open_storage
-from pipeline.engine.requests import check_options, choose_grammar
+from pipeline.engine.requests import request_defaults
 from pipeline.errors import ConfigError
 from pipeline.package import ExpertPackage, model_digest, open_package, resolve_base_model
 
 FINGERPRINT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class OpenExpert:
+    """A package that is verified, its base model's directory, and the grammar that answers are held to, if any."""
+
+    package: ExpertPackage
+    base_path: Path
+    grammar: str | None
 
 
 @dataclass(frozen=True)
@@ -48,22 +58,20 @@ class PreparedJob:
     output: JobOutput
 
 
-def prepare(config: BatchConfig) -> PreparedJob:
-    """Open the package, find its base model, plan the shards and draw up the job's fingerprint. Nothing is written.
+def prepare(config: BatchConfig, expert: OpenExpert) -> PreparedJob:
+    """Plan the shards and draw up the job's fingerprint. Nothing is written.
 
     Raises:
-        LoadError: The package or its base model cannot be used.
         DatasetError: The dataset cannot be found or read, or lacks a column.
         OutputError: The output is at a place that cannot hold one.
-        InferenceError: A sampling option cannot be honoured.
     """
-    package, base_path, grammar = open_expert(config)
+    package, base_path = expert.package, expert.base_path
     plan = plan_shards(
         config.dataset, format=config.format, shard_rows=config.shard_rows, storage_options=config.storage_options
     )
     refuse_nested(config, plan)
     columns = resolve_columns(config.columns, plan.columns)
-    options = {**sampling_options(config), "use_grammar": grammar is not None}
+    options = {**sampling_options(config), "use_grammar": expert.grammar is not None}
     fingerprint = job_fingerprint(config, package, base_path, plan, columns, options)
     part_format = plan_part_format(
         plan,
@@ -83,11 +91,8 @@ def prepare(config: BatchConfig) -> PreparedJob:
     return PreparedJob(config, package, base_path.resolve(), plan, columns, options, part_format, output)
 
 
-def open_expert(config: BatchConfig) -> tuple[ExpertPackage, Path, str | None]:
+def open_expert(config: BatchConfig) -> OpenExpert:
     """Open the package, find its base model and check the sampling options.
-
-    Returns:
-        The package, the base model's directory, and the grammar that answers are held to, if any.
 
     Raises:
         LoadError: The package or its base model cannot be used.
@@ -98,9 +103,8 @@ def open_expert(config: BatchConfig) -> tuple[ExpertPackage, Path, str | None]:
     base_path = resolve_base_model(
         package.base, base_model=config.base_model, models=config.models, package=package.label
     )
-    options = sampling_options(config)
-    check_options(package, options)
-    return package, base_path, choose_grammar(package, options.get("use_grammar"))
+    _, grammar = request_defaults(package, sampling_options(config))
+    return OpenExpert(package, base_path, grammar)
 
 
 def refuse_nested(config: BatchConfig, plan: ShardPlan) -> None:
@@ -112,11 +116,11 @@ def refuse_nested(config: BatchConfig, plan: ShardPlan) -> None:
     output = absolute(config.output).rstrip("/") + "/"
     items = [config.dataset] if isinstance(config.dataset, str) else config.dataset
     folders = [folder for folder in (absolute(item).rstrip("/") + "/" for item in items) if output.startswith(folder)]
-    around = [folder for folder in folders if not _is_skipped(output.removeprefix(folder))]
+    around = [folder for folder in folders if not is_hidden(output.removeprefix(folder))]
     inside = [
         shard.path
         for shard in plan.shards
-        if shard.path.startswith(output) and not _is_skipped(shard.path.removeprefix(output))
+        if shard.path.startswith(output) and not is_hidden(shard.path.removeprefix(output))
     ]
     if around or inside:
         raise ConfigError(
@@ -124,11 +128,6 @@ def refuse_nested(config: BatchConfig, plan: ShardPlan) -> None:
             details=[f"dataset: {place}" for place in (around or inside)[:3]],
             hint="Name an output folder outside the dataset, or one whose name begins with an underscore.",
         )
-
-
-def _is_skipped(path: str) -> bool:
-    """Whether listing a dataset would pass over this path."""
-    return any(part.startswith(("_", ".")) for part in path.split("/"))
 
 
 def job_fingerprint(

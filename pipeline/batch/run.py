@@ -11,7 +11,7 @@ from pipeline.batch.cluster import connect
 from pipeline.batch.commit import INPUT, refuse_foreign
 from pipeline.batch.config import BatchConfig
 from pipeline.batch.execute import RunCounts, execute, quiet
-from pipeline.batch.plan import open_expert, prepare
+from pipeline.batch.plan import OpenExpert, open_expert, prepare
 from pipeline.batch.progress import BatchReport, Phases, Progress, per_second
 from pipeline.batch.result import BatchResult
 from pipeline.batch.staging import stage_in_memory, stage_tables
@@ -66,10 +66,12 @@ def run_batch(
         return run_config(BatchConfig.from_options(dataset=dataset, **given), progress=progress)
     # Everything that can be wrong without the rows is found before they are written.
     config = BatchConfig.from_options(dataset=target, **given)
-    open_expert(config)
-    refuse_foreign(open_storage(config.output, config.storage_options))
-    staged = _stage(dataset, config)
-    return run_config(BatchConfig.from_options(dataset=staged, **given), progress=progress)
+    phases = Phases()
+    with phases.phase("plan"):
+        opened = open_expert(config)
+        refuse_foreign(open_storage(config.output, config.storage_options))
+        staged = _stage(dataset, config)
+    return _run(BatchConfig.from_options(dataset=staged, **given), opened, phases, progress=progress)
 
 
 def run_config(config: BatchConfig, *, progress: bool = True) -> BatchResult:
@@ -81,7 +83,13 @@ def run_config(config: BatchConfig, *, progress: bool = True) -> BatchResult:
     """
     phases = Phases()
     with phases.phase("plan"):
-        job = prepare(config)
+        opened = open_expert(config)
+    return _run(config, opened, phases, progress=progress)
+
+
+def _run(config: BatchConfig, opened: OpenExpert, phases: Phases, *, progress: bool) -> BatchResult:
+    with phases.phase("plan"):
+        job = prepare(config, opened)
         job.output.begin()
         was_complete = job.output.is_complete()
         done = {} if was_complete else job.output.committed()

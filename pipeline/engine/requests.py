@@ -40,8 +40,7 @@ class RequestBuilder:
         self._tokenizer = tokenizer
         self._context_length = context_length
         self._dialect = default_dialect(package.manifest.capabilities)
-        self._params = override_params(manifest_params(package), options or {})
-        self.grammar = choose_grammar(package, (options or {}).get("use_grammar"))
+        self._params, self.grammar = request_defaults(package, options or {})
 
     def build(
         self,
@@ -88,14 +87,17 @@ class RequestBuilder:
         return Request(request_id, token_ids, params, chosen)
 
 
-def check_options(package: ExpertPackage, options: Mapping[str, Any]) -> None:
-    """Find out whether options can be honoured, without loading anything.
+def request_defaults(package: ExpertPackage, options: Mapping[str, Any]) -> tuple[SamplingParams, str | None]:
+    """The parameters and the grammar of requests that do not choose themselves, without loading anything.
+
+    Args:
+        package: Its manifest gives the defaults.
+        options: Options that go before them; see `RequestBuilder`.
 
     Raises:
         As `RequestBuilder`.
     """
-    override_params(manifest_params(package), options)
-    choose_grammar(package, options.get("use_grammar"))
+    return override_params(manifest_params(package), options), choose_grammar(package, options.get("use_grammar"))
 
 
 def override_params(params: SamplingParams, options: Mapping[str, Any]) -> SamplingParams:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.engine import LoadedExpert, load_expert
-from pipeline.engine.requests import check_options
+from pipeline.engine.requests import request_defaults
 from pipeline.errors import AdapterError, GrammarError, InvalidRequestError, PromptTooLongError
 from pipeline.package import open_package, pack
 from tests import tiny
@@ -60,7 +60,7 @@ def test_an_option_that_cannot_be_honoured_is_refused(
         expert.requests.build("a", prompt="b", options=options)
     path, _ = tiny.make_package("lora", base, tmp_path)
     with pytest.raises(kind, match=says):
-        check_options(open_package(path), options)
+        request_defaults(open_package(path), options)
 
 
 def test_soft_prompts_are_not_silently_left_out(base: Path, tmp_path: Path) -> None:
