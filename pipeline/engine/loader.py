@@ -142,10 +142,8 @@ def merge_adapter(base: BaseModel, package: ExpertPackage) -> BaseModel:
     Raises:
         AdapterError: The adapter does not fit the base: keys missing or left over, shapes or values wrong.
     """
-    from peft import get_peft_model
-
     with _quiet():
-        adapted = get_peft_model(base.model, peft_config(package))
+        adapted = with_peft(base.model, package)
     _load_weights(adapted, package)
     try:
         merged = adapted.merge_and_unload(safe_merge=True)
@@ -181,6 +179,29 @@ def peft_config(package: ExpertPackage) -> Any:
         ) from error
 
 
+def with_peft(model: Any, package: ExpertPackage, **options: Any) -> Any:
+    """The model with PEFT's layers for a package's adapter put into it, in place.
+
+    Args:
+        model: A causal language model.
+        package: Whose adapter it gets.
+        options: For `peft.get_peft_model`.
+
+    Raises:
+        AdapterError: The model has no module that the adapter changes, or one that PEFT cannot adapt.
+    """
+    from peft import get_peft_model
+
+    try:
+        return get_peft_model(model, peft_config(package), **options)
+    except (TypeError, ValueError) as error:
+        raise AdapterError(
+            f"the adapter of {package.label} does not fit the base model",
+            details=(str(error).splitlines()[0],),
+            hint="Check that base_model is the one the expert was trained on.",
+        ) from error
+
+
 def load_tokenizer(package: ExpertPackage, base_path: Path) -> Any:
     """The package's own tokenizer, or the base model's where the package brings none.
 
@@ -209,8 +230,21 @@ def load_tokenizer(package: ExpertPackage, base_path: Path) -> Any:
 def _load_weights(adapted: Any, package: ExpertPackage) -> None:
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    weights = load_file(package.adapter_weights)
     wanted = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(adapted).items()}
+    set_peft_model_state_dict(adapted, read_adapter_weights(package, wanted))
+
+
+def read_adapter_weights(package: ExpertPackage, wanted: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """The tensors of a package's adapter, by their names in the file.
+
+    Args:
+        package: Whose adapter is read.
+        wanted: The shape that each tensor must have; exactly these must be there.
+
+    Raises:
+        AdapterError: Tensors are missing or left over, or have a wrong shape or values that are not finite.
+    """
+    weights = load_file(package.adapter_weights)
     problems = [f"missing: {name}" for name in sorted(set(wanted) - set(weights))]
     problems += [f"not in this base model: {name}" for name in sorted(set(weights) - set(wanted))]
     problems += [
@@ -226,7 +260,7 @@ def _load_weights(adapted: Any, package: ExpertPackage) -> None:
             details=(*problems[:8], *([f"and {more} more"] if more > 0 else [])),
             hint="Check that base_model is the one the expert was trained on.",
         )
-    set_peft_model_state_dict(adapted, weights)
+    return weights
 
 
 @contextmanager
