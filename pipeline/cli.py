@@ -84,6 +84,13 @@ def generate(
     max_tokens: Annotated[int | None, typer.Option(help="At most this many tokens are generated.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the draws.")] = None,
     grammar: Annotated[bool | None, typer.Option(help="Hold the answer to the package's grammar.")] = None,
+    json_schema: Annotated[
+        str | None, typer.Option(help="Hold the answer to a JSON schema; @FILE reads it from a file.")
+    ] = None,
+    regex: Annotated[str | None, typer.Option(help="Hold the answer to a regular expression.")] = None,
+    truncate: Annotated[
+        str | None, typer.Option(help="left or right: cut a prompt that is too long at that side.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole result as JSON.")] = False,
 ) -> None:
@@ -106,6 +113,9 @@ def generate(
                 max_tokens=max_tokens,
                 seed=seed,
                 use_grammar=grammar,
+                json_schema=_text_or_file(json_schema),
+                regex=regex,
+                truncate=truncate,
             )
         typer.echo(json.dumps(result.to_dict(), ensure_ascii=False, indent=2) if as_json else result.text)
 

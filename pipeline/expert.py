@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from pipeline.engine.types import Completion, Failure, FinishReason, Request
+from pipeline.engine.types import Completion, Failure, FinishReason, Request, TokenLogprob
 from pipeline.errors import (
     ExpertError,
     GrammarError,
@@ -50,6 +50,7 @@ class InferenceResult:
         expert: The expert that answered, `name@version`.
         expert_sha256: The digest of its package.
         error: Why there is no answer, or None.
+        logprobs: The log probability of each generated token, if asked for.
     """
 
     text: str
@@ -59,6 +60,7 @@ class InferenceResult:
     expert: str
     expert_sha256: str
     error: Failure | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The result as plain values, for JSON or a DataFrame."""
@@ -127,10 +129,20 @@ class Expert:
         top_k: int | None = None,
         min_p: float | None = None,
         repetition_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
         max_tokens: int | None = None,
+        min_tokens: int | None = None,
         stop: str | Sequence[str] | None = None,
+        stop_token_ids: Sequence[int] | None = None,
+        ignore_eos: bool | None = None,
         seed: int | None = None,
+        logprobs: int | None = None,
         use_grammar: bool | None = None,
+        grammar: str | None = None,
+        json_schema: str | Mapping[str, Any] | None = None,
+        regex: str | None = None,
+        truncate: str | None = None,
     ) -> InferenceResult:
         """Answer one prompt.
 
@@ -140,14 +152,19 @@ class Expert:
             schema: The schema the question is about, as text.
             dialect: The query dialect named with the schema; the expert's own if None.
             system: A system message, put before the schema.
-            temperature, top_p, top_k, min_p, repetition_penalty, max_tokens, stop, seed: See
-                `pipeline.engine.SamplingParams`; what is None follows the package's manifest.
+            temperature, top_p, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty, max_tokens,
+                min_tokens, stop, stop_token_ids, ignore_eos, seed, logprobs: See `pipeline.engine.SamplingParams`;
+                what is None follows the package's manifest.
             use_grammar: Hold the answer to the package's grammar, or not; None follows the manifest.
+            grammar, json_schema, regex: Hold it to this GBNF grammar, JSON schema (a mapping, or JSON) or regular
+                expression instead.
+            truncate: `"left"` or `"right"`: cut the oldest or the newest tokens of a prompt that is too long, instead
+                of raising.
 
         Raises:
             InvalidRequestError: The prompt or an option is wrong.
             PromptTooLongError: The prompt does not fit the model's context.
-            GrammarError: `use_grammar` is asked for and the package has none.
+            GrammarError: `use_grammar` is asked for and the package has none, or the grammar given is not valid.
         """
         options: dict[str, Any] = {
             "temperature": temperature,
@@ -155,10 +172,20 @@ class Expert:
             "top_k": top_k,
             "min_p": min_p,
             "repetition_penalty": repetition_penalty,
+            "presence_penalty": presence_penalty,
+            "frequency_penalty": frequency_penalty,
             "max_tokens": max_tokens,
+            "min_tokens": min_tokens,
             "stop": stop,
+            "stop_token_ids": stop_token_ids,
+            "ignore_eos": ignore_eos,
             "seed": seed,
+            "logprobs": logprobs,
             "use_grammar": use_grammar,
+            "grammar": grammar,
+            "json_schema": json_schema,
+            "regex": regex,
+            "truncate": truncate,
         }
         item = {"prompt": prompt, "messages": messages, "schema": schema, "dialect": dialect, "system": system}
         return self.generate_batch([item], raise_on_error=True, **options)[0]
@@ -245,6 +272,8 @@ class Expert:
         shared: Mapping[str, Any],
         options: Mapping[str, Any],
     ) -> Request:
+        from pipeline.engine.requests import override_options, require_one_answer
+
         own: Mapping[str, Any] = {"prompt": item} if isinstance(item, str) or item is None else item
         if not isinstance(own, Mapping):
             raise InvalidRequestError(
@@ -253,7 +282,9 @@ class Expert:
         own = {name: value for name, value in own.items() if value is not None}
         fields = {name: value for name, value in {**shared, **own}.items() if name in PROMPT_FIELDS}
         overrides = {name: value for name, value in own.items() if name not in PROMPT_FIELDS}
-        return loaded.requests.build(request_id, **fields, options={**options, **overrides})
+        request = loaded.requests.build(request_id, **fields, options=override_options(options, overrides))
+        require_one_answer(request.params)
+        return request
 
     def _result(self, completion: Completion) -> InferenceResult:
         return InferenceResult(
@@ -264,4 +295,5 @@ class Expert:
             expert=self.package.label,
             expert_sha256=self.package.digest,
             error=completion.failure,
+            logprobs=completion.logprobs,
         )

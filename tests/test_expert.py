@@ -1,5 +1,6 @@
 """`Expert`: three lines, and what a person tries next."""
 
+import json
 import threading
 from pathlib import Path
 
@@ -90,6 +91,29 @@ def test_a_grammar_that_is_not_there_is_an_error() -> None:
         pytest.raises(GrammarError, match="has no grammar"),
     ):
         expert.generate("Maria lives in Lima.", use_grammar=True)
+
+
+def test_an_answer_is_held_to_what_the_caller_gives(expert: Expert) -> None:
+    schema = {"type": "object", "properties": {"name": {"enum": ["Ada", "Bo"]}}, "required": ["name"]}
+    assert json.loads(expert.generate("Who?", json_schema=schema).text)["name"] in ("Ada", "Bo")
+    shared, own = expert.generate_batch(["Who?", {"prompt": "Who?", "regex": "[0-9]{3}"}], json_schema=schema)
+    assert json.loads(shared.text)["name"] in ("Ada", "Bo")
+    assert len(own.text) == 3
+    assert own.text.isdigit()
+    with pytest.raises(InvalidRequestError, match="grammar and regex"):
+        expert.generate("Who?", grammar="root ::= [a]", regex="a")
+
+
+def test_an_answer_brings_its_log_probabilities(expert: Expert) -> None:
+    result = expert.generate("Who?", logprobs=2, max_tokens=4)
+    assert result.logprobs is not None
+    assert len(result.logprobs) == result.completion_tokens
+    assert all(len(entry.top) == 2 for entry in result.logprobs)
+
+
+def test_several_answers_to_one_prompt_are_refused(expert: Expert) -> None:
+    with pytest.raises(InvalidRequestError, match="n is 2"):
+        expert.generate_batch(["Who?"], n=2, raise_on_error=True)
 
 
 def test_messages_are_a_prompt_too(expert: Expert) -> None:

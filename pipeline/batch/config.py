@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from pipeline.batch.config_problems import nearest, printable, problems_of
-from pipeline.engine.types import MAX_STOP_STRINGS
+from pipeline.batch.sampling_config import SamplingColumnsConfig, SamplingConfig
 from pipeline.errors import ConfigError, DatasetError
 
 MAX_SEED = (1 << 64) - 1
@@ -21,12 +21,6 @@ def _path_text(value: Any) -> Any:
 
 def _path_texts(value: Any) -> Any:
     return [_path_text(item) for item in value] if isinstance(value, list | tuple) else _path_text(value)
-
-
-def _stop_strings(value: Any) -> Any:
-    if isinstance(value, str):
-        return (value,)
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _section(value: Any) -> Any:
@@ -48,22 +42,6 @@ _RayQuantity = Annotated[
     AfterValidator(_ray_quantity),
 ]
 _MODE = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class SamplingColumnsConfig(BaseModel):
-    """Columns in which a row brings its own sampling options; null in one follows the job."""
-
-    model_config = _MODE
-
-    temperature: _Text | None = Field(None, description="Column with the row's temperature.")
-    top_p: _Text | None = Field(None, description="Column with the row's top_p.")
-    top_k: _Text | None = Field(None, description="Column with the row's top_k.")
-    min_p: _Text | None = Field(None, description="Column with the row's min_p.")
-    repetition_penalty: _Text | None = Field(None, description="Column with the row's repetition_penalty.")
-    max_tokens: _Text | None = Field(None, description="Column with the row's max_tokens.")
-    stop: _Text | None = Field(None, description="Column with the row's stop strings.")
-    seed: _Text | None = Field(None, description="Column with the row's seed, which goes before the job's.")
-    use_grammar: _Text | None = Field(None, description="Column with the row's use_grammar.")
 
 
 class ColumnsConfig(BaseModel):
@@ -91,53 +69,6 @@ class ColumnsConfig(BaseModel):
     expected: _Text | None = Field(None, description="Column with the right answer, to be compared with the given one.")
     sampling: Annotated[SamplingColumnsConfig, BeforeValidator(_section)] = Field(
         default_factory=SamplingColumnsConfig, description="Columns with a row's own sampling options."
-    )
-
-
-class SamplingConfig(BaseModel):
-    """How the next token is chosen and when to stop. What is left out is the expert package's own default."""
-
-    model_config = _MODE
-
-    temperature: float | None = Field(
-        None, ge=0, le=100, allow_inf_nan=False, description="0 takes the most likely token; higher draws more freely."
-    )
-    top_p: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        allow_inf_nan=False,
-        description="Draw from the smallest set of tokens with at least this probability.",
-    )
-    top_k: int | None = Field(
-        None, ge=0, le=1 << 31, description="Draw from this many most likely tokens; 0 draws from all."
-    )
-    min_p: float | None = Field(
-        None,
-        ge=0,
-        le=1,
-        allow_inf_nan=False,
-        description="Leave out tokens less likely than this share of the most likely one.",
-    )
-    repetition_penalty: float | None = Field(
-        None,
-        gt=0,
-        le=100,
-        allow_inf_nan=False,
-        description="Divides the score of tokens already seen; 1 changes nothing.",
-    )
-    max_tokens: int | None = Field(
-        None, ge=1, le=1 << 31, description="At most this many tokens are generated for a row."
-    )
-    stop: Annotated[tuple[_Text, ...], Field(max_length=MAX_STOP_STRINGS), BeforeValidator(_stop_strings)] | None = (
-        Field(
-            None,
-            description="A string or a list of strings that end the text; they are cut from it.",
-            json_schema_extra={"expected": f"a non-empty string or a list of at most {MAX_STOP_STRINGS} of them"},
-        )
-    )
-    use_grammar: bool | None = Field(
-        None, description="Whether the package's grammar constrains the text; true is an error when it cannot."
     )
 
 

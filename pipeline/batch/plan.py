@@ -16,7 +16,8 @@ from pipeline.batch.parts import PartFormat, plan_part_format
 from pipeline.batch.shards import ShardPlan
 from pipeline.batch.source import plan_shards
 from pipeline.batch.storage import open_storage
-from pipeline.engine.requests import request_defaults
+from pipeline.engine.requests import GRAMMAR_KINDS, request_defaults
+from pipeline.engine.types import Grammar
 from pipeline.errors import ConfigError
 from pipeline.package import ExpertPackage, model_digest, open_package, resolve_base_model
 
@@ -25,11 +26,11 @@ FINGERPRINT_VERSION = 1
 
 @dataclass(frozen=True)
 class OpenExpert:
-    """A package that is verified, its base model's directory, and the grammar that answers are held to, if any."""
+    """A package that is verified, its base model's directory, and what answers are held to, if anything."""
 
     package: ExpertPackage
     base_path: Path
-    grammar: str | None
+    grammar: Grammar | None
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,9 @@ def prepare(config: BatchConfig, expert: OpenExpert) -> PreparedJob:
     )
     refuse_nested(config, plan)
     columns = resolve_columns(config.columns, plan.columns)
-    options = {**sampling_options(config), "use_grammar": expert.grammar is not None}
+    options = sampling_options(config)
+    if not any(name in options for name in GRAMMAR_KINDS):
+        options["use_grammar"] = expert.grammar is not None
     fingerprint = job_fingerprint(config, package, base_path, plan, columns, options)
     part_format = plan_part_format(
         plan,

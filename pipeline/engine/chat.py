@@ -1,6 +1,8 @@
 """How a prompt becomes ChatML messages, and messages become tokens."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from pipeline.errors import InvalidRequestError, TokenizerError
@@ -73,7 +75,9 @@ def build_messages(
     return [{"role": "system", "content": "\n\n".join(heads)}, *conversation]
 
 
-def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+def encode_chat(
+    tokenizer: Any, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+) -> tuple[int, ...]:
     """Render messages with the tokenizer's chat template, ready for the answer, and tokenise them.
 
     Control tokens that stand in a message's content are encoded as the text they are, so that a prompt cannot open or
@@ -82,21 +86,104 @@ def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> tuple[
     Raises:
         TokenizerError: The chat template cannot render these messages.
     """
-    try:
-        encoded = tokenizer.apply_chat_template(
-            list(messages),
-            add_generation_prompt=True,
-            enable_thinking=False,
+    return tuple(
+        _apply_template(
+            tokenizer,
+            messages,
+            add_generation_prompt=add_generation_prompt,
             sanitize_control_tokens=True,
             return_dict=False,
         )
+    )
+
+
+@dataclass(frozen=True)
+class _Head:
+    """Everything before the last message, encoded alone; `text` is None where it may not be put before another text."""
+
+    token_ids: tuple[int, ...]
+    text: str | None
+
+
+class ChatEncoder:
+    """Encodes conversations as `encode_chat` does, and tells what they share with others.
+
+    What stands before the last user message, a schema most of all, is tokenised once for all conversations that begin
+    with it, where that provably gives the same tokens.
+
+    Args:
+        tokenizer: With a chat template.
+        max_heads: How many such beginnings are kept.
+    """
+
+    def __init__(self, tokenizer: Any, max_heads: int = 64) -> None:
+        self._tokenizer = tokenizer
+        self._added_tokens = tokenizer.added_tokens_decoder.values()
+        # A byte-level tokenizer takes an added token out of the text first, and encodes each side of it by itself.
+        decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
+        self._is_splittable = type(decoder).__name__ == "ByteLevel"
+        self._borders = tuple(
+            token.content
+            for token in self._added_tokens
+            if not (token.lstrip or token.rstrip or token.single_word or token.normalized)
+            and not any(_overlaps(other.content, token.content) for other in self._added_tokens)
+        )
+        self._head = lru_cache(maxsize=max_heads)(self._encode_head)
+
+    def encode(self, messages: Sequence[Mapping[str, str]]) -> tuple[tuple[int, ...], int]:
+        """The tokens of a conversation, ready for the answer.
+
+        Returns:
+            The token ids, and how many of the first ones come from what stands before the last user message.
+
+        Raises:
+            TokenizerError: The chat template cannot render these messages.
+        """
+        last = max(at for at, message in enumerate(messages) if message["role"] == "user")
+        if last == 0:
+            return encode_chat(self._tokenizer, messages), 0
+        head = self._head(tuple((message["role"], message["content"]) for message in messages[:last]))
+        if head.text is not None and self._is_plain(messages[last:]):
+            text = _apply_template(self._tokenizer, messages, add_generation_prompt=True, tokenize=False)
+            tail = text[len(head.text) :]
+            if text.startswith(head.text) and tail.startswith(self._borders):
+                tail_ids = self._tokenizer.encode(tail, add_special_tokens=False)
+                return (*head.token_ids, *tail_ids), len(head.token_ids)
+        token_ids = encode_chat(self._tokenizer, messages)
+        differing = (at for at, pair in enumerate(zip(head.token_ids, token_ids, strict=False)) if pair[0] != pair[1])
+        return token_ids, next(differing, min(len(head.token_ids), len(token_ids)))
+
+    def _encode_head(self, contents: tuple[tuple[str, str], ...]) -> _Head:
+        messages = [{"role": role, "content": content} for role, content in contents]
+        try:
+            token_ids = encode_chat(self._tokenizer, messages, add_generation_prompt=False)
+            text = None
+            if self._is_splittable and self._is_plain(messages):
+                text = _apply_template(self._tokenizer, messages, add_generation_prompt=False, tokenize=False)
+        except TokenizerError:
+            return _Head((), None)  # a template may refuse a conversation without a user
+        return _Head(token_ids, text)
+
+    def _is_plain(self, messages: Sequence[Mapping[str, str]]) -> bool:
+        """Whether no added token stands in a content, so that there is nothing to encode as text."""
+        return not any(token.content in message["content"] for message in messages for token in self._added_tokens)
+
+
+def _apply_template(tokenizer: Any, messages: Sequence[Mapping[str, str]], **options: Any) -> Any:
+    try:
+        return tokenizer.apply_chat_template(list(messages), enable_thinking=False, **options)
     except Exception as error:  # a chat template is a foreign program: it may raise anything
         raise TokenizerError(
             "the chat template cannot render this conversation",
             details=(f"{type(error).__name__}: {error}",),
             hint="Check chat_template in tokenizer_config.json (or chat_template.jinja) of the package or base model.",
         ) from error
-    return tuple(encoded)
+
+
+def _overlaps(first: str, second: str) -> bool:
+    """Whether `second` can begin inside `first`: then it is not always found where it stands."""
+    rests = (first[at:] for at in range(1, len(first)))
+    return any(rest.startswith(second) or second.startswith(rest) for rest in rests)
 
 
 def _messages(messages: Any) -> list[dict[str, str]]:

@@ -5,19 +5,20 @@ token and the end of a sequence are ours, plugged into `generate` as a logits pr
 that every row of a batch follows its own rules.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Rows
 from typing import Any
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from pipeline.engine.grammar import GrammarCompiler, GrammarMatcher, mask_logits_
+from pipeline.engine.choose import choose_tokens_
+from pipeline.engine.grammar import GrammarCompiler
 from pipeline.engine.loader import BaseModel, free_memory
-from pipeline.engine.sampling import penalise_repetition, sample
-from pipeline.engine.sequence import Sequence as TokenSequence
-from pipeline.engine.stopping import StopChecker
-from pipeline.engine.types import Completion, Failure, Request
-from pipeline.errors import ExpertError, InferenceError, OutOfMemoryError
+from pipeline.engine.sequence import Sequence, failed, start
+from pipeline.engine.stopping import StopRules
+from pipeline.engine.types import Completion, Failure, Grammar, Request
+from pipeline.errors import ExpertError, InferenceError, InvalidRequestError, OutOfMemoryError
 
 
 class PaddedEngine:
@@ -36,20 +37,21 @@ class PaddedEngine:
         self._tokenizer = tokenizer
         self._batch_size = batch_size
         self._max_batch_tokens = max_batch_tokens
-        own_eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        self._eos_token_ids = base.eos_token_ids | frozenset(own_eos)
-        self._pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self._eos_token_ids)
-        self._added_tokens: dict[str, int] = tokenizer.get_added_vocab()
+        self._rules = StopRules(tokenizer, base.eos_token_ids)
+        is_padded = tokenizer.pad_token_id is not None
+        self._pad_token_id = tokenizer.pad_token_id if is_padded else min(self._rules.eos_token_ids, default=0)
+        self._vocab_size = int(base.model.config.vocab_size)
         self._compiler: GrammarCompiler | None = None
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Answer every request, yielding each batch's completions as it finishes; see `pipeline.engine.Engine`."""
-        waiting = []
+        waiting: list[Sequence] = []
         for request in requests:
             try:
-                waiting.append(self._start(request))
+                waiting += self._start(request)
             except ExpertError as error:
-                yield _failed(request, error)
+                failure = Failure(error.code, error.message)
+                yield from (failed(request, failure, index) for index in range(request.params.n))
         waiting.sort(key=lambda sequence: len(sequence.request.prompt_token_ids))
         for batch in self._batches(waiting):
             yield from self._answer(batch)
@@ -59,30 +61,45 @@ class PaddedEngine:
         self._base = self._compiler = None
         free_memory()
 
-    def check_grammar(self, grammar: str) -> None:
+    def check_grammar(self, grammar: Grammar) -> None:
         """Compile a grammar ahead of the requests that use it.
 
         Raises:
             GrammarError: It is not valid.
         """
-        self._grammars().matcher(grammar)
+        self._grammars().compile(grammar)
 
-    def _start(self, request: Request) -> TokenSequence:
-        stop = request.params.stop
-        # A stop string that is a control token has no text to be found in; its token ends the sequence.
-        control = frozenset(self._added_tokens[text] for text in stop if text in self._added_tokens)
-        stopping = StopChecker(self._tokenizer, self._eos_token_ids | control, stop, request.params.max_tokens)
-        return TokenSequence(request, stopping, self._matcher(request))
+    def _start(self, request: Request) -> list[Sequence]:
+        if request.expert is not None:
+            raise InvalidRequestError(
+                f"expert {request.expert!r} is asked for, and this engine holds one merged expert",
+                hint="Use the packed engine for several experts, or leave the expert out.",
+            )
+        if max(request.prompt_token_ids, default=0) >= self._vocab_size:
+            raise InvalidRequestError(
+                "the prompt has soft-prompt positions, which the padded engine does not apply",
+                hint="Use the packed engine.",
+            )
+        sequences = start(request, self._rules)
+        for sequence in sequences:
+            self._hold(sequence)
+        return sequences
 
-    def _matcher(self, request: Request) -> GrammarMatcher | None:
-        if request.grammar is None:
-            return None
-        return self._grammars().matcher(request.grammar, request.params.stop)
+    def _hold(self, sequence: Sequence) -> None:
+        """Hold a sequence to its request's grammar, from the beginning."""
+        request = sequence.request
+        if request.grammar is not None:
+            sequence.matcher = self._grammars().matcher(request.grammar, request.params)
+
+    def _again(self, sequence: Sequence) -> Sequence:
+        """The same answer, from the beginning."""
+        fresh = Sequence(sequence.request, self._rules.checker(sequence.request.params), sequence.index)
+        self._hold(fresh)
+        return fresh
 
     def _grammars(self) -> GrammarCompiler:
         if self._compiler is None:
-            vocab_size = self._model.model.config.vocab_size
-            self._compiler = GrammarCompiler(self._tokenizer, vocab_size, self._eos_token_ids)
+            self._compiler = GrammarCompiler(self._tokenizer, self._vocab_size, self._rules)
         return self._compiler
 
     @property
@@ -91,12 +108,12 @@ class PaddedEngine:
             raise InferenceError("the engine is closed", hint="Load the expert again.")
         return self._base
 
-    def _batches(self, waiting: Sequence[TokenSequence]) -> Iterator[list[TokenSequence]]:
+    def _batches(self, waiting: Rows[Sequence]) -> Iterator[list[Sequence]]:
         """Cut sequences, sorted by length, into batches within the limits.
 
         A batch stays within the model's context too: `generate` feeds every row until the last one is finished.
         """
-        batch: list[TokenSequence] = []
+        batch: list[Sequence] = []
         room = 0
         for sequence in waiting:
             request = sequence.request
@@ -111,21 +128,22 @@ class PaddedEngine:
         if batch:
             yield batch
 
-    def _answer(self, batch: list[TokenSequence]) -> Iterator[Completion]:
+    def _answer(self, batch: list[Sequence]) -> Iterator[Completion]:
         what_failed = self._try(batch)
         if what_failed is None:
             yield from (sequence.completion() for sequence in batch)
             return
         free_memory()
         if len(batch) == 1:
-            yield _failed(batch[0].request, _out_of_memory(batch[0].request, what_failed))
+            batch[0].fail(_out_of_memory(batch[0].request, what_failed))
+            yield batch[0].completion()
             return
         # Halve until the row that does not fit stands alone; the others are answered.
         middle = len(batch) // 2
         for half in (batch[:middle], batch[middle:]):
-            yield from self._answer([self._start(sequence.request) for sequence in half])
+            yield from self._answer([self._again(sequence) for sequence in half])
 
-    def _try(self, batch: list[TokenSequence]) -> str | None:
+    def _try(self, batch: list[Sequence]) -> str | None:
         """Run a batch; what the device said if its memory was too small, without the error that would hold it."""
         try:
             self._run(batch)
@@ -134,7 +152,7 @@ class PaddedEngine:
         return None
 
     @torch.inference_mode()
-    def _run(self, batch: list[TokenSequence]) -> None:
+    def _run(self, batch: list[Sequence]) -> None:
         device = self._model.device
         prompts = [sequence.request.prompt_token_ids for sequence in batch]
         longest = max(map(len, prompts))
@@ -155,39 +173,27 @@ class PaddedEngine:
 
 
 class _ChooseToken(LogitsProcessor):
-    """Leaves each row one token to choose: the one its grammar, penalties and sampling give."""
+    """Leaves each row one token to choose, and hands it to its sequence."""
 
-    def __init__(self, batch: Sequence[TokenSequence]) -> None:
+    def __init__(self, batch: Rows[Sequence]) -> None:
         self._batch = batch
 
     def __call__(self, _: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        params = [sequence.request.params for sequence in self._batch]
-        seen = [
-            [] if options.repetition_penalty == 1.0 else [*sequence.request.prompt_token_ids, *sequence.token_ids]
-            for sequence, options in zip(self._batch, params, strict=True)
-        ]
-        scores = penalise_repetition(scores, seen, params)
-        mask_logits_(scores, [None if sequence.is_finished else sequence.matcher for sequence in self._batch])
-        chosen = sample(scores, params, [sequence.num_generated for sequence in self._batch])
+        choices = choose_tokens_(scores.clone(), self._batch)
+        for sequence, choice in zip(self._batch, choices, strict=True):
+            sequence.append(choice)
+        chosen = torch.tensor([choice.token_id for choice in choices], device=scores.device)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
 
 
 class _EndOfSequence(StoppingCriteria):
-    """Hands each row its newest token and tells `generate` which rows are finished."""
+    """Tells `generate` which rows are finished."""
 
-    def __init__(self, batch: Sequence[TokenSequence]) -> None:
+    def __init__(self, batch: Rows[Sequence]) -> None:
         self._batch = batch
 
     def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        for sequence, token_id in zip(self._batch, input_ids[:, -1].tolist(), strict=True):
-            if not sequence.is_finished:
-                sequence.append(token_id)
         return torch.tensor([sequence.is_finished for sequence in self._batch], device=input_ids.device)
-
-
-def _failed(request: Request, error: ExpertError) -> Completion:
-    failure = Failure(error.code, error.message)
-    return Completion(request.id, "", "error", len(request.prompt_token_ids), 0, failure)
 
 
 def _out_of_memory(request: Request, what_failed: str) -> OutOfMemoryError:

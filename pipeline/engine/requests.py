@@ -3,17 +3,21 @@
 Batch and online both come through here, so that a limit or a default mended on one path is mended on the other.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from pipeline.engine import grammar as grammars
-from pipeline.engine.chat import build_messages, default_dialect, encode_chat
-from pipeline.engine.types import Request, SamplingParams
+from pipeline.engine.chat import ChatEncoder, build_messages, default_dialect
+from pipeline.engine.truncation import SIDES, shorten
+from pipeline.engine.types import Grammar, GrammarKind, Request, SamplingParams
 from pipeline.errors import GrammarError, InvalidRequestError, MissingDependencyError, PromptTooLongError
 from pipeline.package import ExpertPackage
 
-OPTION_NAMES = (*SamplingParams.option_names(), "use_grammar")
+GRAMMAR_KINDS: dict[str, GrammarKind] = {"grammar": "gbnf", "json_schema": "json_schema", "regex": "regex"}
+CONSTRAINTS = ("use_grammar", *GRAMMAR_KINDS)  # options of which one is given
+OPTION_NAMES = (*SamplingParams.option_names(), *CONSTRAINTS, "truncate")
 
 
 class RequestBuilder:
@@ -24,23 +28,33 @@ class RequestBuilder:
         tokenizer: Its tokenizer, with a chat template.
         context_length: At most this many tokens, prompt and answer together.
         options: Options that go before the manifest's, for every request: any of `OPTION_NAMES`; None leaves a default.
+        expert_name: The name under which the engine holds the expert's adapter; None where it is merged.
 
     Raises:
         InvalidRequestError: An option is unknown or has a wrong value.
-        GrammarError: `use_grammar` is asked for, and the package has no grammar.
-        MissingDependencyError: `use_grammar` is asked for, and xgrammar is not installed.
+        GrammarError: `use_grammar` is asked for and the package has no grammar; or one that is given is too large.
+        MissingDependencyError: A grammar is asked for, and xgrammar is not installed.
 
-    `grammar` is the grammar that requests are held to which do not choose themselves.
+    `grammar` is what requests are held to that do not choose themselves.
     """
 
     def __init__(
-        self, package: ExpertPackage, tokenizer: Any, context_length: int, options: Mapping[str, Any] | None = None
+        self,
+        package: ExpertPackage,
+        tokenizer: Any,
+        context_length: int,
+        options: Mapping[str, Any] | None = None,
+        *,
+        expert_name: str | None = None,
     ) -> None:
         self._package = package
         self._tokenizer = tokenizer
         self._context_length = context_length
+        self._expert_name = expert_name
         self._dialect = default_dialect(package.manifest.capabilities)
+        self._encoder = ChatEncoder(tokenizer)
         self._params, self.grammar = request_defaults(package, options or {})
+        self._truncate = _side((options or {}).get("truncate"))
 
     def build(
         self,
@@ -58,36 +72,40 @@ class RequestBuilder:
         Args:
             request_id: Unique among the requests answered together.
             prompt, messages, schema, dialect, system: See `pipeline.engine.chat.build_messages`.
-            options: Overrides of this row: any of `OPTION_NAMES`; None leaves the default.
+            options: Overrides of this row: any of `OPTION_NAMES`; None leaves the default. With `truncate`, `"left"` or
+                `"right"`, a prompt that is too long loses the oldest or the newest tokens of its longest text, so that
+                the answer keeps its `max_tokens`, or half of the context where that is less.
 
         Raises:
             InvalidRequestError: The row or an option cannot be used.
+            GrammarError: The row's grammar is too large or is none.
             PromptTooLongError: The prompt leaves no room for an answer in the model's context.
         """
         options = options or {}
-        use_grammar = options.get("use_grammar")
-        conversation = build_messages(
-            prompt=prompt,
-            messages=messages,
-            schema=schema,
-            dialect=self._dialect if dialect is None else dialect,
-            system=system,
-        )
+        texts = {"prompt": prompt, "messages": messages, "schema": schema, "system": system}
+        dialect = self._dialect if dialect is None else dialect
+        conversation = build_messages(**texts, dialect=dialect)
         params = override_params(self._params, options) if options else self._params
-        token_ids = encode_chat(self._tokenizer, conversation)
+        chosen = choose_grammar(self._package, options) if _chooses(options) else self.grammar
+        side = _side(options.get("truncate")) or self._truncate
+        token_ids, prefix_length = self._encoder.encode(conversation)
+        if side is not None:
+            room = self._context_length - min(params.max_tokens, self._context_length // 2)
+            while len(token_ids) > room:
+                texts = shorten(texts, self._tokenizer, len(token_ids) - room, side)
+                token_ids, prefix_length = self._encoder.encode(build_messages(**texts, dialect=dialect))
         room = self._context_length - len(token_ids)
         if room < 1:
             raise PromptTooLongError(
                 f"the prompt has {len(token_ids):,} tokens, and the model's context holds {self._context_length:,}",
-                hint="Shorten the prompt or the schema; one token at least must be left for the answer.",
+                hint="Shorten the prompt or the schema, or set truncate; one token at least is left for the answer.",
             )
         if params.max_tokens > room:
-            params = replace(params, max_tokens=room)
-        chosen = self.grammar if use_grammar is None else choose_grammar(self._package, use_grammar)
-        return Request(request_id, token_ids, params, chosen)
+            params = replace(params, max_tokens=room, min_tokens=min(params.min_tokens, room))
+        return Request(request_id, token_ids, params, chosen, self._expert_name, prefix_length)
 
 
-def request_defaults(package: ExpertPackage, options: Mapping[str, Any]) -> tuple[SamplingParams, str | None]:
+def request_defaults(package: ExpertPackage, options: Mapping[str, Any]) -> tuple[SamplingParams, Grammar | None]:
     """The parameters and the grammar of requests that do not choose themselves, without loading anything.
 
     Args:
@@ -97,7 +115,9 @@ def request_defaults(package: ExpertPackage, options: Mapping[str, Any]) -> tupl
     Raises:
         As `RequestBuilder`.
     """
-    return override_params(manifest_params(package), options), choose_grammar(package, options.get("use_grammar"))
+    params = override_params(manifest_params(package), options)
+    _side(options.get("truncate"))
+    return params, choose_grammar(package, options)
 
 
 def override_params(params: SamplingParams, options: Mapping[str, Any]) -> SamplingParams:
@@ -111,25 +131,74 @@ def override_params(params: SamplingParams, options: Mapping[str, Any]) -> Sampl
         raise InvalidRequestError(
             f"unknown option {', '.join(unknown)}", hint=f"The options are {', '.join(OPTION_NAMES)}."
         )
-    given = {name: value for name, value in options.items() if value is not None and name != "use_grammar"}
-    return replace(params, **given)
+    names = SamplingParams.option_names()
+    return replace(params, **{name: value for name, value in options.items() if value is not None and name in names})
 
 
-def choose_grammar(package: ExpertPackage, use_grammar: bool | None) -> str | None:
-    """The grammar to hold answers to, or None.
+def override_options(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with others put before them; an own grammar of any kind takes the place of the shared one."""
+    dropped = CONSTRAINTS if _chooses(own) else ()
+    kept = {name: value for name, value in shared.items() if name not in dropped}
+    return kept | {name: value for name, value in own.items() if value is not None}
 
-    Args:
-        package: Its manifest decides where `use_grammar` is None. A grammar that only the manifest asks for is left
-            out, with one warning, when xgrammar is not installed.
-        use_grammar: What the caller asks for.
+
+def require_one_answer(params: SamplingParams) -> None:
+    """Refuse a request for several answers, where a row or a call has place for one.
 
     Raises:
-        InvalidRequestError: `use_grammar` is neither true, false nor None.
-        GrammarError: It is asked for, and the package has none.
-        MissingDependencyError: It is asked for, and xgrammar is not installed.
+        InvalidRequestError: `n` is more than 1.
     """
+    if params.n > 1:
+        raise InvalidRequestError(
+            f"n is {params.n}, and one answer is given to each prompt",
+            hint="Leave n out, and repeat the prompt with other seeds.",
+        )
+
+
+def choose_grammar(package: ExpertPackage, options: Mapping[str, Any]) -> Grammar | None:
+    """What answers are held to, or None.
+
+    Args:
+        package: Its manifest decides where the options do not. A grammar that only the manifest asks for is left out,
+            with one warning, when xgrammar is not installed.
+        options: One of `use_grammar` (the package's own, or none), `grammar` (GBNF), `json_schema` (an object, or JSON
+            text) and `regex`, if any.
+
+    Raises:
+        InvalidRequestError: An option has a wrong type, or there is more than one.
+        GrammarError: The package's is asked for, and it has none; or the one given is empty, too large or too deep.
+        MissingDependencyError: One is asked for, and xgrammar is not installed.
+    """
+    use_grammar = options.get("use_grammar")
     if use_grammar not in (None, True, False):
         raise InvalidRequestError(f"use_grammar is {use_grammar!r}", hint="Give true or false.")
+    given = [name for name in GRAMMAR_KINDS if options.get(name) is not None]
+    named = [*given, *(["use_grammar"] if use_grammar else [])]
+    if len(named) > 1:
+        raise InvalidRequestError(f"{' and '.join(named)} are given", hint="Give one of them.")
+    if given:
+        return _callers_grammar(given[0], options[given[0]])
+    return _package_grammar(package, use_grammar)
+
+
+def _callers_grammar(name: str, value: Any) -> Grammar:
+    if name == "json_schema" and isinstance(value, Mapping):
+        try:
+            value = json.dumps(value, ensure_ascii=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InvalidRequestError(
+                "json_schema holds a value that is not JSON", hint=f"Give a plain object: {error}."
+            ) from error
+    if not isinstance(value, str):
+        raise InvalidRequestError(f"{name} is {type(value).__name__}", hint=f"Give {name} as text.")
+    grammar = Grammar(GRAMMAR_KINDS[name], value)
+    grammars.check_grammar(grammar)
+    if not grammars.is_available():
+        raise MissingDependencyError(f"{name} is given, and xgrammar is not installed", hint=grammars.INSTALL_HINT)
+    return grammar
+
+
+def _package_grammar(package: ExpertPackage, use_grammar: bool | None) -> Grammar | None:
     wanted = package.manifest.decoding.use_grammar if use_grammar is None else use_grammar
     if not wanted:
         return None
@@ -145,7 +214,7 @@ def choose_grammar(package: ExpertPackage, use_grammar: bool | None) -> str | No
             )
         grammars.warn_not_applied(package.label, f"and xgrammar is not installed. {grammars.INSTALL_HINT}")
         return None
-    return package.grammar
+    return Grammar("gbnf", package.grammar)
 
 
 def manifest_params(package: ExpertPackage) -> SamplingParams:
@@ -164,3 +233,13 @@ def manifest_params(package: ExpertPackage) -> SamplingParams:
         "stop": decoding.stop_sequences or None,
     }
     return SamplingParams(**{name: value for name, value in given.items() if value is not None})
+
+
+def _chooses(options: Mapping[str, Any]) -> bool:
+    return any(options.get(name) is not None for name in CONSTRAINTS)
+
+
+def _side(value: Any) -> str | None:
+    if value is not None and value not in SIDES:
+        raise InvalidRequestError(f"truncate is {value!r}", hint=f"Give {' or '.join(SIDES)}, or leave it out.")
+    return str(value) if value is not None else None

@@ -13,8 +13,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from pipeline.batch.config import BatchConfig, ColumnsConfig, ResolvedColumns, SamplingConfig, resolve_columns
+from pipeline.batch.config import BatchConfig, ColumnsConfig, ResolvedColumns, resolve_columns
 from pipeline.batch.config_file import MAX_COMPLAINTS, MAX_FILE_BYTES, load_config
+from pipeline.batch.sampling_config import SamplingColumnsConfig, SamplingConfig
+from pipeline.engine.requests import OPTION_NAMES
 from pipeline.engine.types import SamplingParams
 from pipeline.errors import ConfigError, DatasetError, InvalidRequestError
 
@@ -195,7 +197,21 @@ NUMBERS = st.one_of(
 )
 
 
-@given(st.sampled_from(["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens"]), NUMBERS)
+@given(
+    st.sampled_from(
+        [
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+            "max_tokens",
+        ]
+    ),
+    NUMBERS,
+)
 def test_sampling_accepts_what_the_engine_accepts(name: str, value: Any) -> None:
     try:
         SamplingParams(**{name: value})
@@ -222,7 +238,9 @@ def test_stop_accepts_what_the_engine_accepts(value: Any) -> None:
 
 
 def test_sampling_has_the_options_of_the_engine() -> None:
-    assert {*SamplingConfig.model_fields} - {"use_grammar"} == {*SamplingParams.option_names()} - {"seed"}
+    # The job has its own seed, and a row of the output has place for one answer without its probabilities.
+    assert {*SamplingConfig.model_fields} == {*OPTION_NAMES} - {"seed", "n", "logprobs"}
+    assert {*SamplingColumnsConfig.model_fields} == {*SamplingConfig.model_fields} | {"seed"}
 
 
 # ---- misspelt keys ----

@@ -3,8 +3,10 @@
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from pipeline.engine.chat import build_messages, default_dialect, encode_chat, schema_message
+from pipeline.engine.chat import ChatEncoder, build_messages, default_dialect, encode_chat, schema_message
 from pipeline.errors import InvalidRequestError, TokenizerError
 from tests import tiny
 
@@ -86,3 +88,43 @@ def test_a_template_that_fails_is_a_typed_error() -> None:
 )
 def test_the_dialect_follows_the_capabilities(capabilities: list[str], dialect: str | None) -> None:
     assert default_dialect(capabilities) == dialect
+
+
+CONTENTS = st.lists(
+    st.sampled_from(["users", " ", "\n", "é", "🎉", "<|im_end|>", "<|im_", "start|>", "<", "|>", "SELECT", "x"]),
+    min_size=1,
+    max_size=8,
+).map(lambda parts: "a" + "".join(parts))
+TOKENIZER = tiny.tokenizer()
+ENCODER = ChatEncoder(TOKENIZER, max_heads=3)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), CONTENTS), max_size=4), CONTENTS)
+def test_a_head_encoded_once_gives_the_same_tokens(head: list[tuple[str, str]], question: str) -> None:
+    messages = [{"role": role, "content": content} for role, content in head]
+    conversation = [*messages, {"role": "user", "content": question}]
+    full = encode_chat(TOKENIZER, conversation)
+    alone = encode_chat(TOKENIZER, messages, add_generation_prompt=False) if messages else ()
+    for _ in range(2):
+        assert ENCODER.encode(conversation) == (full, len(alone))
+    assert full[: len(alone)] == alone
+
+
+def test_a_template_that_changes_the_head_shares_what_is_equal() -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message.content }}{{ ' and more' if loop.last }}<|im_end|>{% endfor %}"
+    )
+    encoder = ChatEncoder(tokenizer)
+    messages = [{"role": "system", "content": "users"}, {"role": "user", "content": "orders"}]
+    token_ids, shared = encoder.encode(messages)
+    assert token_ids == encode_chat(tokenizer, messages)
+    assert tokenizer.decode(token_ids[:shared]) == "users"
+    tokenizer.chat_template = "{{ raise_exception('no user') if messages|length < 2 }}{{ messages[0].content }}"
+    assert ChatEncoder(tokenizer).encode(messages) == (encode_chat(tokenizer, messages), 0)
+
+
+def test_a_last_message_of_another_role_is_not_in_the_head() -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert ENCODER.encode(messages) == (encode_chat(TOKENIZER, messages), 0)

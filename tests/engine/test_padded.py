@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from pipeline.engine import LoadedExpert, Request, SamplingParams, load_expert
-from pipeline.errors import AdapterError, BaseModelError, ConfigError, InferenceError
+from pipeline.engine.sampling import answer_seed
+from pipeline.errors import AdapterError, BaseModelError, ConfigError, InferenceError, InvalidRequestError
 from pipeline.package import open_package
 from tests import tiny
 
@@ -118,7 +119,11 @@ def test_a_stop_string_ends_a_row_and_is_cut(expert: LoadedExpert) -> None:
 
 
 def test_a_batch_keeps_within_its_limits(expert: LoadedExpert) -> None:
-    asked = [expert.engine._start(request) for request in requests(expert, max_tokens=16)]  # type: ignore[attr-defined]
+    asked = [
+        sequence
+        for request in requests(expert, max_tokens=16)
+        for sequence in expert.engine._start(request)  # type: ignore[attr-defined]
+    ]
     asked.sort(key=lambda sequence: len(sequence.request.prompt_token_ids))
     expert.engine._max_batch_tokens = 120  # type: ignore[attr-defined]
     try:
@@ -185,3 +190,41 @@ def test_sampling_params_of_the_manifest_are_the_defaults(base: Path, tmp_path: 
     expert = load_expert(open_package(path), base, device="cpu")
     request = expert.requests.build("a", prompt="b", options={"top_k": 5})
     assert request.params == SamplingParams(temperature=0.7, top_p=0.8, top_k=5, stop=(";",), max_tokens=12)
+
+
+def test_a_request_for_several_answers_gets_them(expert: LoadedExpert) -> None:
+    request = expert.requests.build("a", prompt=QUESTIONS[0], options={"temperature": 1.5, "seed": 3, "n": 4})
+    answers = sorted(expert.engine.generate([request]), key=lambda answer: answer.index)
+    assert [answer.index for answer in answers] == [0, 1, 2, 3]
+    assert len({answer.text for answer in answers}) > 1
+    for answer in answers:
+        params = replace(request.params, n=1, seed=answer_seed(3, answer.index))
+        (alone,) = expert.engine.generate([replace(request, params=params)])
+        assert replace(alone, index=answer.index) == answer
+
+
+def test_log_probabilities_are_those_of_the_model(expert: LoadedExpert) -> None:
+    asked = requests(expert, max_tokens=6, logprobs=3, repetition_penalty=1.5, temperature=0.8)
+    model = expert.engine._model.model  # type: ignore[attr-defined]
+    for request, answer in zip(asked, sorted(expert.engine.generate(asked), key=lambda a: a.request_id), strict=True):
+        assert answer.logprobs is not None
+        assert [entry.token_id for entry in answer.logprobs] == list(answer.token_ids)
+        whole = torch.tensor([[*request.prompt_token_ids, *answer.token_ids]])
+        with torch.inference_mode():
+            logprobs = model(whole).logits[0].log_softmax(dim=-1)[len(request.prompt_token_ids) - 1 : -1]
+        for entry, row in zip(answer.logprobs, logprobs, strict=True):
+            assert abs(entry.logprob - row[entry.token_id].item()) < 1e-4
+            assert [token_id for token_id, _ in entry.top] == row.topk(3).indices.tolist()
+
+
+def test_what_the_padded_engine_cannot_do_fails_its_row_alone(expert: LoadedExpert) -> None:
+    good = expert.requests.build("good", prompt=QUESTIONS[0])
+    soft = replace(good, id="soft", prompt_token_ids=(10**6, *good.prompt_token_ids))
+    other = replace(good, id="other", expert="sql@1")
+    answers = {answer.request_id: answer for answer in expert.engine.generate([soft, good, other])}
+    assert answers["good"].failure is None
+    for name, says in (("soft", "soft-prompt"), ("other", "sql@1")):
+        failure = answers[name].failure
+        assert failure is not None
+        assert failure.code == InvalidRequestError.code
+        assert says in failure.message

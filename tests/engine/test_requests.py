@@ -2,11 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.engine import LoadedExpert, load_expert
-from pipeline.engine.requests import request_defaults
+from pipeline.engine.requests import RequestBuilder, override_options, request_defaults
+from pipeline.engine.types import Grammar
 from pipeline.errors import AdapterError, GrammarError, InvalidRequestError, PromptTooLongError
 from pipeline.package import open_package, pack
 from tests import tiny
@@ -51,6 +55,17 @@ def test_the_dialect_comes_with_a_schema_alone(expert: LoadedExpert) -> None:
         ({"use_grammar": "yes"}, InvalidRequestError, "use_grammar"),
         ({"use_grammar": True}, GrammarError, "has no grammar"),
         ({"temperature": -1}, InvalidRequestError, "temperature"),
+        ({"min_tokens": 500}, InvalidRequestError, "min_tokens"),
+        ({"truncate": "middle"}, InvalidRequestError, "truncate"),
+        ({"regex": 5}, InvalidRequestError, "regex is int"),
+        ({"grammar": ["root"]}, InvalidRequestError, "grammar is list"),
+        ({"json_schema": {"a": {1, 2}}}, InvalidRequestError, "not JSON"),
+        ({"regex": "a", "json_schema": {}}, InvalidRequestError, "json_schema and regex"),
+        ({"regex": "a", "use_grammar": True}, InvalidRequestError, "regex and use_grammar"),
+        ({"grammar": " "}, GrammarError, "bytes"),
+        ({"regex": "a" * (5 << 20)}, GrammarError, "bytes"),
+        ({"json_schema": {"not": {}}}, GrammarError, "no grammar here"),
+        ({"json_schema": "{"}, GrammarError, "not JSON"),
     ],
 )
 def test_an_option_that_cannot_be_honoured_is_refused(
@@ -71,3 +86,83 @@ def test_soft_prompts_are_not_silently_left_out(base: Path, tmp_path: Path) -> N
     (source / "style.pt").write_bytes(b"x")
     with pytest.raises(AdapterError, match="soft prompts"):
         load_expert(open_package(pack(source, tmp_path, manifest=manifest)), base)
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"grammar": 'root ::= "a"'}, Grammar("gbnf", 'root ::= "a"')),
+        ({"regex": "a|b"}, Grammar("regex", "a|b")),
+        ({"json_schema": {"const": "é"}}, Grammar("json_schema", '{"const": "é"}')),
+        ({"json_schema": '{"const": 1}', "use_grammar": False}, Grammar("json_schema", '{"const": 1}')),
+        ({"use_grammar": False}, None),
+        ({}, None),
+    ],
+)
+def test_a_row_brings_its_own_grammar(expert: LoadedExpert, options: dict[str, object], wanted: Grammar | None) -> None:
+    assert expert.requests.build("a", prompt="b", options=options).grammar == wanted
+
+
+def test_a_rows_grammar_takes_the_place_of_the_jobs(expert: LoadedExpert, base: Path, tmp_path: Path) -> None:
+    path, _ = tiny.make_package("lora", base, tmp_path)
+    job = RequestBuilder(open_package(path), tiny.tokenizer(), CONTEXT, {"regex": "a"})
+    assert job.build("a", prompt="b").grammar == Grammar("regex", "a")
+    assert job.build("a", prompt="b", options={"json_schema": "{}"}).grammar == Grammar("json_schema", "{}")
+    assert job.build("a", prompt="b", options={"use_grammar": False}).grammar is None
+    assert override_options({"regex": "a", "top_k": 1}, {"grammar": "b", "top_p": None}) == {"top_k": 1, "grammar": "b"}
+    assert override_options({"regex": "a"}, {"top_k": 2}) == {"regex": "a", "top_k": 2}
+
+
+def test_a_request_names_its_expert(base: Path, tmp_path: Path) -> None:
+    path, _ = tiny.make_package("lora", base, tmp_path)
+    builder = RequestBuilder(open_package(path), tiny.tokenizer(), CONTEXT, expert_name="sql")
+    assert builder.build("a", prompt="b").expert == "sql"
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.sampled_from(["left", "right"]),
+    st.sampled_from(["prompt", "schema", "system", "messages"]),
+    st.lists(st.sampled_from(["users ", "é", "🎉", "日本", "x" * 30, "<|im_end|>", "\n"]), max_size=90).map("".join),
+    st.integers(1, 200),
+)
+def test_a_long_prompt_is_cut_where_asked(
+    expert: LoadedExpert, side: str, place: str, filling: str, max_tokens: int
+) -> None:
+    tokenizer, context = tiny.tokenizer(), 150
+    builders = [RequestBuilder(expert.requests._package, tokenizer, length) for length in (context, 100_000)]
+    text = f"first {filling} last"
+    row: dict[str, Any] = {"messages": [{"role": "user", "content": text}]}
+    if place != "messages":
+        row = {"prompt": "a", place: text}
+    options = {"truncate": side, "max_tokens": max_tokens}
+    cut, whole = (builder.build("a", **row, options=options) for builder in builders)
+    room = context - min(max_tokens, context // 2)
+    assert cut.params.max_tokens >= context - room, "the answer keeps its room"
+    if len(whole.prompt_token_ids) <= room:
+        assert cut.prompt_token_ids == whole.prompt_token_ids, "nothing is cut without need"
+        return
+    assert room - 8 < len(cut.prompt_token_ids) <= room
+    before, after = tokenizer.decode(whole.prompt_token_ids).split(text)
+    frame = tokenizer.decode(cut.prompt_token_ids)
+    assert frame.startswith(before), "the template stays, and the other texts"
+    assert frame.endswith(after)
+    kept = frame[len(before) : len(frame) - len(after)]
+    assert text.endswith(kept) if side == "left" else text.startswith(kept)
+    special = {tokenizer.convert_tokens_to_ids(name) for name in ("<|im_start|>", "<|im_end|>")}
+    assert sum(token_id in special for token_id in cut.prompt_token_ids) == (
+        3 if place in ("prompt", "messages") else 5
+    )
+
+
+def test_a_prompt_whose_longest_text_is_not_enough_is_refused(expert: LoadedExpert) -> None:
+    many = [{"role": role, "content": "users " * 5} for role in ("user", "assistant") * 12]
+    with pytest.raises(PromptTooLongError, match="longest text"):
+        expert.requests.build("a", messages=[*many, {"role": "user", "content": "a"}], options={"truncate": "left"})
+
+
+def test_truncating_is_the_rows_choice(expert: LoadedExpert) -> None:
+    long = "users " * 100
+    with pytest.raises(PromptTooLongError):
+        expert.requests.build("a", prompt=long)
+    assert len(expert.requests.build("a", prompt=long, options={"truncate": "left"}).prompt_token_ids) <= CONTEXT // 2

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.engine import SamplingParams
-from pipeline.engine.sampling import penalise_repetition, sample, uniform
+from pipeline.engine.ranking import highest, top_tokens
+from pipeline.engine.sampling import answer_seed, draw, penalise_counts_, penalise_repetition_, uniform
 from pipeline.errors import InvalidRequestError
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
@@ -17,27 +18,39 @@ DRAWS = 20_000
 
 
 def frequencies(params: SamplingParams, draws: int = DRAWS) -> torch.Tensor:
-    chosen = sample(LOGITS.repeat(draws, 1), [params] * draws, list(range(draws)))
+    uniforms = [uniform(params.seed, position) for position in range(draws)]
+    chosen = draw(LOGITS.repeat(draws, 1), [params] * draws, uniforms)
     return torch.bincount(chosen, minlength=len(LOGITS)) / draws
 
 
-def plain_formula(params: SamplingParams) -> torch.Tensor:
+def kept_weights(logits: list[float], params: SamplingParams) -> list[float]:
     """Token by token, as the definitions say it: temperature, then top-k and min-p, then top-p over what is left."""
-    weights = [math.exp(score / params.temperature) for score in LOGITS.tolist()]
-    order = sorted(range(len(weights)), key=lambda token: -weights[token])
+    most = max(logits)
+    weights = [math.exp((score - most) / params.temperature) for score in logits]
+    order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
     kept = [
         token
         for rank, token in enumerate(order)
         if (params.top_k == 0 or rank < params.top_k) and weights[token] >= params.min_p * weights[order[0]]
     ]
     mass = sum(weights[token] for token in kept)
-    nucleus, before = [], 0.0
+    nucleus, before = set(), 0.0
     for token in kept:
         if before < params.top_p * mass:
-            nucleus.append(token)
+            nucleus.add(token)
         before += weights[token]
-    total = sum(weights[token] for token in nucleus)
-    return torch.tensor([weights[token] / total if token in nucleus else 0.0 for token in range(len(weights))])
+    return [weights[token] if token in nucleus else 0.0 for token in range(len(logits))]
+
+
+def plain_draw(logits: list[float], params: SamplingParams, number: float) -> int:
+    """The inverse of the cumulative distribution over token ids, one token after the other."""
+    weights = kept_weights(logits, params)
+    total, passed = sum(weights), 0.0
+    for token, weight in enumerate(weights):
+        passed += weight
+        if weight > 0 and passed > number * total:
+            return token
+    return max(token for token, weight in enumerate(weights) if weight > 0)
 
 
 @pytest.mark.parametrize(
@@ -53,45 +66,96 @@ def plain_formula(params: SamplingParams) -> torch.Tensor:
     ],
 )
 def test_draws_follow_the_plain_formula(params: SamplingParams) -> None:
-    expected = plain_formula(params)
+    weights = torch.tensor(kept_weights(LOGITS.tolist(), params))
+    expected = weights / weights.sum()
     measured = frequencies(params)
     assert not (measured[expected == 0] > 0).any(), "no other token is drawn"
     spread = 4 * (expected * (1 - expected) / DRAWS).sqrt() + 2 / DRAWS
     assert ((measured - expected).abs() <= spread).all(), (measured, expected)
 
 
-def test_zero_temperature_takes_the_most_likely_token() -> None:
-    logits = torch.stack([LOGITS, LOGITS.flip(0)])
-    assert sample(logits, [SamplingParams()] * 2, [0, 9]).tolist() == [0, 5]
+SHARP, FLAT, TIED, BARRED = "sharp", "flat", "tied", "barred"
+
+
+def scores_of(kind: str, vocab: int, seed: int) -> torch.Tensor:  # [vocab]
+    scores = torch.randn(vocab, generator=torch.Generator().manual_seed(seed))
+    if kind == SHARP:
+        return scores * 4
+    if kind == TIED:
+        return (scores * 2).round()  # as the scores of a bfloat16 model are
+    if kind == BARRED:
+        scores[torch.randperm(vocab, generator=torch.Generator().manual_seed(seed))[: vocab - 5]] = -torch.inf
+    return scores
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([SHARP, FLAT, TIED, BARRED]),
+            st.builds(
+                SamplingParams,
+                temperature=st.sampled_from([0.01, 0.3, 1.0, 3.0]),
+                top_k=st.sampled_from([0, 0, 1, 5, 63, 64, 65, 200, 1200, 5000]),
+                top_p=st.sampled_from([1.0, 1.0, 0.1, 0.5, 0.95, 0.9999]),
+                min_p=st.sampled_from([0.0, 0.0, 0.001, 0.2, 1.0]),
+            ),
+            st.integers(0, 2**32),
+        ),
+        min_size=1,
+        max_size=9,
+    ),
+    st.sampled_from([100, 1536, 2017]),
+)
+def test_every_shortcut_draws_what_the_plain_formula_draws(
+    rows: list[tuple[str, SamplingParams, int]], vocab: int
+) -> None:
+    scores = torch.stack([scores_of(kind, vocab, seed) for kind, _, seed in rows])
+    params = [options for _, options, _ in rows]
+    uniforms = [uniform(seed, 0) for _, _, seed in rows]
+    wanted = [
+        plain_draw(row, options, number) for row, options, number in zip(scores.tolist(), params, uniforms, strict=True)
+    ]
+    assert draw(scores, params, uniforms).tolist() == wanted
+
+
+def test_extreme_numbers_are_drawn_from_the_ends() -> None:
+    for width in (6, 2048):
+        scores = torch.full((1, width), -torch.inf)
+        scores[0, [1, 3]] = 0.0
+        for options in (SamplingParams(temperature=1.0), SamplingParams(temperature=1.0, top_k=3)):
+            assert draw(scores, [options], [0.0]).tolist() == [1]
+            assert draw(scores, [options], [1 - 2**-53]).tolist() == [3]
+    cold = SamplingParams(temperature=1e-300, top_p=0.5)
+    assert draw(LOGITS[None].repeat(1, 400), [cold], [0.9]).item() % len(LOGITS) == 0
 
 
 def test_top_k_of_one_and_a_tiny_top_p_are_greedy() -> None:
     for options in ({"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}):
         params = SamplingParams(temperature=1.0, **options)
-        assert sample(LOGITS.repeat(50, 1), [params] * 50, list(range(50))).tolist() == [0] * 50
+        numbers = [uniform(0, position) for position in range(50)]
+        assert draw(LOGITS.repeat(50, 1), [params] * 50, numbers).tolist() == [0] * 50
 
 
-def test_forbidden_tokens_are_never_drawn() -> None:
-    logits = LOGITS.clone()
-    logits[0] = -torch.inf
-    params = SamplingParams(temperature=5.0)
-    assert 0 not in sample(logits.repeat(2000, 1), [params] * 2000, list(range(2000))).tolist()
-
-
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
-    st.lists(
-        st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 500), st.sampled_from([0.0, 0.7, 1.5])),
-        min_size=1,
-        max_size=8,
-    )
+    st.integers(1, 5),
+    st.sampled_from([7, 640, 2048, 2050]),
+    st.integers(1, 600),
+    st.integers(0, 2**32),
+    st.integers(1, 60),
 )
-def test_a_row_draws_the_same_in_any_batch(rows: list[tuple[int, int, float]]) -> None:
-    params = [SamplingParams(temperature=heat, seed=seed, top_p=0.9) for seed, _, heat in rows]
-    positions = [position for _, position, _ in rows]
-    together = sample(LOGITS.repeat(len(rows), 1), params, positions).tolist()
-    alone = [sample(LOGITS[None], [one], [at]).item() for one, at in zip(params, positions, strict=True)]
-    assert together == alone
+def test_the_highest_tokens_are_those_of_a_stable_sort(
+    rows: int, vocab: int, count: int, seed: int, distinct: int
+) -> None:
+    count = min(count, vocab)
+    scores = torch.randint(0, distinct, (rows, vocab), generator=torch.Generator().manual_seed(seed)).float()
+    values, order = scores.sort(dim=-1, descending=True, stable=True)
+    found, token_ids = top_tokens(scores, count)
+    assert torch.equal(found, values[:, :count])
+    assert torch.equal(token_ids, order[:, :count])
+    assert torch.equal(highest(scores), order[:, 0])
+    assert torch.equal(highest(scores.bfloat16()), order[:, 0])
 
 
 def test_uniform_numbers_are_fixed_for_ever() -> None:
@@ -112,11 +176,25 @@ def test_uniform_numbers_are_uniform() -> None:
     assert ((counts - 1000) ** 2 / 1000).sum() < 45, "chi-square with 19 degrees of freedom, p about 0.0007"
 
 
+def test_each_answer_of_a_request_has_a_seed_of_its_own() -> None:
+    assert answer_seed(7, 0) == 7, "one answer draws as it always did"
+    seeds = {answer_seed(seed, index) for seed in range(50) for index in range(20)}
+    assert len(seeds) == 1000
+    assert all(0 <= seed < 1 << 64 for seed in seeds)
+    assert answer_seed(7, 1) == 16121955707118586674
+
+
 def test_repetition_penalty_is_the_published_formula() -> None:
-    params = SamplingParams(repetition_penalty=2.0)
-    penalised = penalise_repetition(LOGITS[None], [[0, 4, 4]], [params])
-    assert penalised[0].tolist() == [1.0, 1.0, 0.5, 0.0, -2.0, -3.0]
-    assert penalise_repetition(LOGITS[None], [[0]], [SamplingParams()])[0].tolist() == LOGITS.tolist()
+    scores = LOGITS[None].clone()
+    seen = torch.tensor([0, 4, 4, 6, 99])  # one twice, and two soft-prompt positions
+    penalise_repetition_(scores, torch.zeros(5, dtype=torch.long), seen, torch.full((5,), 2.0))
+    assert scores[0].tolist() == [1.0, 1.0, 0.5, 0.0, -2.0, -3.0]
+
+
+def test_count_penalties_are_subtracted() -> None:
+    scores = LOGITS[None].clone()
+    penalise_counts_(scores, torch.tensor([0, 0]), torch.tensor([1, 5]), torch.tensor([0.5, -1.0]))
+    assert scores[0].tolist() == [2.0, 0.5, 0.5, 0.0, -1.0, -2.0]
 
 
 @pytest.mark.parametrize(
@@ -134,6 +212,18 @@ def test_repetition_penalty_is_the_published_formula() -> None:
         {"max_tokens": 0},
         {"max_tokens": True},
         {"max_tokens": 1e9},
+        {"min_tokens": -1},
+        {"min_tokens": 257},
+        {"presence_penalty": 2.1},
+        {"frequency_penalty": -3},
+        {"stop_token_ids": [-1]},
+        {"stop_token_ids": 5},
+        {"stop_token_ids": list(range(65))},
+        {"ignore_eos": 1},
+        {"n": 0},
+        {"n": 129},
+        {"logprobs": -1},
+        {"logprobs": 21},
         {"seed": -1},
         {"seed": 2**64},
         {"stop": [""]},
