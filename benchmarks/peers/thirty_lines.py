@@ -1,0 +1,51 @@
+"""The thirty lines everybody writes first: stock `generate` over left-padded batches of 16.
+
+Options: `sort` puts prompts of one length together; without it rows are answered in input order.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks.peers.work import Answers, Run, main
+
+BATCH_SIZE = 16
+
+
+def load(job: dict[str, Any]) -> Run:
+    """The model as a person loads it."""
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=getattr(torch, job["dtype"])).eval()
+
+    def run(rows: Sequence[dict[str, Any]]) -> Answers:
+        ordered = sorted(rows, key=lambda row: len(row["prompt"])) if job["options"].get("sort") else rows
+        answers: Answers = {}
+        for at in range(0, len(ordered), BATCH_SIZE):
+            answers |= answer_batch(model, ordered[at : at + BATCH_SIZE])
+        return answers
+
+    return run
+
+
+def answer_batch(model: Any, batch: Sequence[dict[str, Any]]) -> Answers:
+    """Answer a batch until its longest answer is finished; what a row has beyond its own length is cut."""
+    longest = max(len(row["prompt"]) for row in batch)
+    pad = [longest - len(row["prompt"]) for row in batch]
+    input_ids = torch.tensor([[0] * num + row["prompt"] for num, row in zip(pad, batch, strict=True)])
+    mask = torch.tensor([[0] * num + [1] * (longest - num) for num in pad])
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=input_ids,  # [rows, longest]
+            attention_mask=mask,
+            max_new_tokens=max(row["max_tokens"] for row in batch),
+            do_sample=False,
+        )
+    return {
+        row["id"]: tokens[longest : longest + row["max_tokens"]]
+        for row, tokens in zip(batch, output.tolist(), strict=True)
+    }
+
+
+if __name__ == "__main__":
+    main(load)
