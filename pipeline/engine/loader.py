@@ -202,7 +202,7 @@ def with_peft(model: Any, package: ExpertPackage, **options: Any) -> Any:
         ) from error
 
 
-def load_tokenizer(package: ExpertPackage, base_path: Path) -> Any:
+def load_tokenizer(package: ExpertPackage | None, base_path: Path) -> Any:
     """The package's own tokenizer, or the base model's where the package brings none.
 
     Raises:
@@ -210,7 +210,7 @@ def load_tokenizer(package: ExpertPackage, base_path: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    source = package.tokenizer_dir or base_path
+    source = (None if package is None else package.tokenizer_dir) or base_path
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -221,7 +221,7 @@ def load_tokenizer(package: ExpertPackage, base_path: Path) -> Any:
         ) from error
     if not tokenizer.chat_template:
         raise TokenizerError(
-            f"the tokenizer of {package.label} has no chat template",
+            f"the tokenizer in {source} has no chat template",
             hint="Add chat_template to tokenizer_config.json, or pack the tokenizer the expert was trained with.",
         )
     return tokenizer

@@ -1,16 +1,22 @@
-"""An expert made ready to answer: its engine and the builder of its requests."""
+"""From packages and a base model to an engine that answers: the one place that knows which engines there are."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from pipeline.engine.adapters import AdapterBank
 from pipeline.engine.loader import load_base_model, load_tokenizer, merge_adapter
+from pipeline.engine.packed import PackedEngine
 from pipeline.engine.padded import PaddedEngine
 from pipeline.engine.requests import RequestBuilder
 from pipeline.engine.types import Engine
-from pipeline.errors import AdapterError, TokenizerError
+from pipeline.errors import AdapterError, ConfigError, TokenizerError
 from pipeline.package import ExpertPackage
+
+EngineName = Literal["packed", "padded"]
+ENGINES: tuple[EngineName, ...] = ("packed", "padded")
+STEP_TOKENS = 1024  # of the packed engine, at most, unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -27,50 +33,115 @@ def load_expert(
     package: ExpertPackage,
     base_path: Path,
     *,
+    engine: EngineName = "packed",
     device: str | None = None,
     dtype: str | None = None,
     batch_size: int = 64,
-    max_batch_tokens: int = 16384,
+    max_batch_tokens: int | None = None,
+    kv_cache_bytes: int | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> LoadedExpert:
-    """Load a package over its base model.
+    """Load a package over its base model. Its adapter is merged, so that it runs at the base's speed.
 
     Args:
         package: The expert.
         base_path: The base model's directory.
+        engine: `"packed"`, or `"padded"` for a model that the packed one refuses.
         device: `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`, or None for the best there is.
         dtype: `"float32"`, `"bfloat16"`, `"float16"`, or None to choose by device and checkpoint.
         batch_size: At most this many sequences are answered together.
-        max_batch_tokens: At most this many tokens a batch.
+        max_batch_tokens: At most this many tokens a step (packed) or batch (padded); None for the engine's own.
+        kv_cache_bytes: Memory for keys and values (packed); None for what the device has to spare.
         options: Options for every request; see `RequestBuilder`.
 
     Raises:
-        LoadError: The package or the base model cannot be used.
-        ConfigError: The device or dtype is unknown or not there.
+        LoadError: The package or the base model cannot be used, or not by this engine.
+        ConfigError: The engine, device or dtype is unknown or not there.
         InvalidRequestError: An option has a wrong value.
     """
+    _check_engine(engine)
     if package.manifest.soft_prompts:
         raise AdapterError(
-            f"{package.label} has soft prompts, which the engine does not apply yet",
+            f"{package.label} has soft prompts in PyTorch files, which are pickles and are not opened yet",
             details=[f"soft_prompts[{at}]: {prompt.name}" for at, prompt in enumerate(package.manifest.soft_prompts)],
             hint="Pack the expert without soft prompts, if its adapter was trained to answer without them.",
         )
     base = load_base_model(base_path, device=device, dtype=dtype)
     tokenizer = load_tokenizer(package, base_path)
-    vocab_size = int(base.model.config.vocab_size)
-    if len(tokenizer) > vocab_size:
-        raise TokenizerError(
-            f"the tokenizer of {package.label} has {len(tokenizer):,} tokens and the base model {vocab_size:,}",
-            hint="Pack the tokenizer that belongs to the base model.",
-        )
+    _check_tokenizer(tokenizer, package.label, int(base.model.config.get_text_config().vocab_size))
     requests = RequestBuilder(package, tokenizer, base.context_length, options)
     base = merge_adapter(base, package)
-    engine = PaddedEngine(base, tokenizer, batch_size=batch_size, max_batch_tokens=max_batch_tokens)
+    made: PackedEngine | PaddedEngine
+    if engine == "packed":
+        made = PackedEngine(
+            base,
+            tokenizer,
+            batch_size=batch_size,
+            max_batch_tokens=max_batch_tokens or STEP_TOKENS,
+            kv_cache_bytes=kv_cache_bytes,
+        )
+    else:
+        made = PaddedEngine(base, tokenizer, batch_size=batch_size, max_batch_tokens=max_batch_tokens or 16384)
     if requests.grammar is not None:
-        engine.check_grammar(requests.grammar)
+        made.check_grammar(requests.grammar)
     return LoadedExpert(
-        engine=engine,
+        engine=made,
         requests=requests,
         device=str(base.device),
         dtype=str(base.dtype).removeprefix("torch."),
     )
+
+
+def load_engine(
+    base_path: Path,
+    packages: Mapping[str, ExpertPackage] | None = None,
+    *,
+    engine: EngineName = "packed",
+    device: str | None = None,
+    dtype: str | None = None,
+    batch_size: int = 64,
+    max_batch_tokens: int | None = None,
+    kv_cache_bytes: int | None = None,
+) -> PackedEngine | PaddedEngine:
+    """Load a base model and any number of experts over it, side by side; a request names its expert.
+
+    Args:
+        base_path: The base model's directory, with a tokenizer.
+        packages: The experts, by the names that requests give; a request without one gets the base model's answer.
+        engine, device, dtype, batch_size, max_batch_tokens, kv_cache_bytes: As for `load_expert`.
+
+    Raises:
+        As `load_expert`; and ConfigError for experts over the padded engine, which holds one merged expert only.
+    """
+    _check_engine(engine)
+    base = load_base_model(base_path, device=device, dtype=dtype)
+    tokenizer = load_tokenizer(None, base_path)
+    if engine == "padded":
+        if packages:
+            raise ConfigError("the padded engine holds no experts side by side", hint='Use engine "packed".')
+        return PaddedEngine(base, tokenizer, batch_size=batch_size, max_batch_tokens=max_batch_tokens or 16384)
+    made = PackedEngine(
+        base,
+        tokenizer,
+        bank=AdapterBank(base),
+        batch_size=batch_size,
+        max_batch_tokens=max_batch_tokens or STEP_TOKENS,
+        kv_cache_bytes=kv_cache_bytes,
+    )
+    for name, package in (packages or {}).items():
+        if made.bank is not None:
+            made.bank.load(name, package)
+    return made
+
+
+def _check_engine(engine: str) -> None:
+    if engine not in ENGINES:
+        raise ConfigError(f"engine {engine!r} is unknown", hint=f"Use {' or '.join(ENGINES)}.")
+
+
+def _check_tokenizer(tokenizer: Any, label: str, vocab_size: int) -> None:
+    if len(tokenizer) > vocab_size:
+        raise TokenizerError(
+            f"the tokenizer of {label} has {len(tokenizer):,} tokens and the base model {vocab_size:,}",
+            hint="Pack the tokenizer that belongs to the base model.",
+        )

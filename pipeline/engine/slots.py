@@ -34,6 +34,7 @@ class SlotTable:
         self.num_tokens = num_tokens
         self.num_used = 0
         self._next = 0
+        self._freed: list[Slot] = []
 
     @property
     def num_free(self) -> int:
@@ -60,3 +61,9 @@ class SlotTable:
     def free(self, slot: Slot) -> None:
         """Take a slot back."""
         self.num_used -= slot.size
+        self._freed.append(slot)
+
+    def take_freed(self) -> list[Slot]:
+        """The slots that came back since the last call, whose memory can be used again."""
+        freed, self._freed = self._freed, []
+        return freed

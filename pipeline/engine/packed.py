@@ -1,0 +1,365 @@
+"""The packed engine: continuous batching behind a front that any number of threads may call."""
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from pipeline.engine.adapters import AdapterBank
+from pipeline.engine.grammar import GrammarCompiler
+from pipeline.engine.loader import BaseModel, free_memory
+from pipeline.engine.runner import Runner
+from pipeline.engine.sequence import Sequence, failed, start
+from pipeline.engine.step_engine import StepEngine
+from pipeline.engine.stopping import StopRules
+from pipeline.engine.types import Completion, Failure, Grammar, Request
+from pipeline.errors import ExpertError, InferenceError
+
+logger = logging.getLogger(__name__)
+
+CLOSE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text that a running request has become certain of; `index` tells its answers apart."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    index: int = 0
+
+
+class Handle:
+    """A submitted request: iterate its text, wait for its completions, or cancel it.
+
+    `for piece in handle` and `async for piece in handle` give the text as it comes (submit it with `stream=True`);
+    `handle.result()` and `await handle` give the completions, one for each of its `n` answers.
+    """
+
+    def __init__(self, request: Request, cancel: Callable[["Handle"], None]) -> None:
+        self.request = request
+        self._cancel = cancel
+        self._future: Future[tuple[Completion, ...]] = Future()
+        self._pieces: queue.SimpleQueue[Piece | None] = queue.SimpleQueue()
+        self._listeners: list[Callable[[Piece | None], None]] = []
+        self._backlog: list[Piece | None] = []
+        self._lock = threading.Lock()
+        self._completions: dict[int, Completion] = {}
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all answers are finished."""
+        return self._future.done()
+
+    def result(self, timeout: float | None = None) -> tuple[Completion, ...]:
+        """Wait for the completions.
+
+        Args:
+            timeout: Seconds; None for ever.
+
+        Raises:
+            TimeoutError: They are not there in time.
+            InferenceError: The engine died or was closed.
+        """
+        return self._future.result(timeout)
+
+    def cancel(self) -> None:
+        """Stop the request within a step; its completions have finish reason `cancelled`. Again does nothing."""
+        if not self.is_done:
+            self._cancel(self)
+
+    def add_done_callback(self, callback: Callable[["Handle"], None]) -> None:
+        """Call `callback(handle)` when the request is finished, from the engine's thread; at once if it is."""
+        self._future.add_done_callback(lambda _: callback(self))
+
+    def __iter__(self) -> Iterator[Piece]:
+        while (piece := self._pieces.get()) is not None:
+            yield piece
+        self._raise_failure()
+
+    def __await__(self) -> Any:
+        return asyncio.wrap_future(self._future).__await__()
+
+    async def __aiter__(self) -> AsyncIterator[Piece]:
+        loop = asyncio.get_running_loop()
+        pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
+
+        def listen(piece: Piece | None) -> None:
+            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        with self._lock:
+            for piece in self._backlog:
+                pieces.put_nowait(piece)
+            self._listeners.append(listen)
+        while (told := await pieces.get()) is not None:
+            yield told
+        self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        if self._future.done() and (error := self._future.exception()) is not None:
+            raise error
+
+    def _tell(self, piece: Piece | None) -> None:
+        with self._lock:
+            self._backlog.append(piece)
+            listeners = list(self._listeners)
+        self._pieces.put(piece)
+        for listen in listeners:
+            listen(piece)
+
+    def _finish(self, completion: Completion) -> None:
+        self._completions[completion.index] = completion
+        if len(self._completions) == self.request.params.n:
+            self._tell(None)
+            self._future.set_result(tuple(self._completions[at] for at in sorted(self._completions)))
+
+    def _die(self, error: ExpertError) -> None:
+        if not self._future.done():
+            self._tell(None)
+            self._future.set_exception(error)
+
+
+@dataclass(eq=False)
+class _Job:
+    """A submitted request and its sequences."""
+
+    handle: Handle
+    sequences: list[Sequence]
+    is_streamed: bool
+
+
+class PackedEngine:
+    """Answers requests from any thread, all of them in one running batch.
+
+    Args:
+        base: The model; it is changed in place.
+        tokenizer: Decodes what it generates.
+        bank: The experts that requests may name. None where one expert is merged into the model.
+        batch_size: At most this many sequences run at once.
+        max_batch_tokens: At most this many tokens are computed in a step.
+        kv_cache_bytes: The memory for keys and values; None for what the device has to spare.
+
+    Raises:
+        BaseModelError: The model cannot be run packed; the message names the other engine.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        tokenizer: Any,
+        *,
+        bank: AdapterBank | None = None,
+        batch_size: int = 64,
+        max_batch_tokens: int = 1024,
+        kv_cache_bytes: int | None = None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._rules = StopRules(tokenizer, base.eos_token_ids)
+        self._vocab_size = int(base.model.config.get_text_config().vocab_size)
+        self.bank = bank
+        runner = Runner(base, kv_cache_bytes=kv_cache_bytes, num_rows=batch_size)
+        self._soft_prompts = runner.soft_prompts
+        self._loop: StepEngine | None = StepEngine(
+            runner, base.context_length, bank=bank, max_running=batch_size, max_step_tokens=max_batch_tokens
+        )
+        self._compiler: GrammarCompiler | None = None
+        self._changed = threading.Condition()
+        self._inbox: list[_Job] = []
+        self._cancelled: list[Handle] = []
+        self._jobs: dict[Handle, _Job] = {}
+        self._owners: dict[Sequence, _Job] = {}  # of unfinished sequences; the engine thread's own
+        self._thread: threading.Thread | None = None
+        self._is_closed = False
+        self._death: ExpertError | None = None
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests are still answered."""
+        return not self._is_closed and self._death is None
+
+    def submit(self, request: Request, *, stream: bool = False) -> Handle:
+        """Have a request answered; returns at once, but for the compilation of a grammar that is new.
+
+        Args:
+            request: What is asked.
+            stream: Whether the handle gives the text as it comes.
+
+        Raises:
+            InferenceError: The engine is closed or has died.
+        """
+        return self._submit([request], is_streamed=stream)[0]
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """Answer every request, yielding completions as they finish; see `pipeline.engine.Engine`.
+
+        Greedy requests that are the same are computed once. What is not finished when the iteration is given up is
+        cancelled.
+        """
+        twins: dict[Request, list[Request]] = {}
+        for request in requests:
+            twins.setdefault(_what_is_computed(request), []).append(request)
+        done: queue.SimpleQueue[Handle] = queue.SimpleQueue()
+        handles = self._submit([same[0] for same in twins.values()], is_streamed=False)
+        askers = dict(zip(handles, twins.values(), strict=True))
+        try:
+            for handle in handles:
+                handle.add_done_callback(done.put)
+            for _ in handles:
+                finished = done.get()
+                for completion in finished.result():
+                    for asker in askers[finished]:
+                        yield replace(completion, request_id=asker.id)
+        finally:
+            for handle in handles:
+                handle.cancel()
+
+    def check_grammar(self, grammar: Grammar) -> None:
+        """Compile a grammar ahead of the requests that use it.
+
+        Raises:
+            GrammarError: It is not valid.
+        """
+        self._grammars().compile(grammar)
+
+    def add_soft_prompt(self, embeddings: torch.Tensor) -> tuple[int, ...]:
+        """Make a soft prompt known; its ids go before a prompt's. Call it before requests are submitted.
+
+        Args:
+            embeddings: [num_positions, hidden_size]
+
+        Raises:
+            AdapterError: The shape is another, or a value is not finite.
+        """
+        return self._soft_prompts.add(embeddings)
+
+    def close(self) -> None:
+        """Cancel what is unfinished and free the device. Again does nothing."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(CLOSE_SECONDS)
+        self._fail_all(InferenceError("the engine is closed", hint="Load the expert again."))
+        if self.bank is not None:
+            self.bank.close()
+        self._loop = self._compiler = self.bank = None
+        free_memory()
+
+    def _submit(self, requests: list[Request], *, is_streamed: bool) -> list[Handle]:
+        jobs = [self._job(request, is_streamed) for request in requests]
+        with self._changed:
+            if self._death is not None:
+                raise self._death
+            if self._is_closed:
+                raise InferenceError("the engine is closed", hint="Load the expert again.")
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._serve, name="expert-engine", daemon=True)
+                self._thread.start()
+            begun = [job for job in jobs if not job.handle.is_done]
+            self._inbox += begun
+            self._jobs |= {job.handle: job for job in begun}
+            self._changed.notify_all()
+        return [job.handle for job in jobs]
+
+    def _job(self, request: Request, is_streamed: bool) -> _Job:
+        handle = Handle(request, self._ask_to_cancel)
+        sequences: list[Sequence] = []
+        try:
+            if request.grammar is not None:
+                self._grammars().compile(request.grammar)
+            sequences = start(request, self._rules)
+            for sequence in sequences:
+                if request.grammar is not None:
+                    sequence.matcher = self._grammars().matcher(request.grammar, request.params)
+        except ExpertError as error:
+            failure = Failure(error.code, error.message)
+            for index in range(request.params.n):
+                handle._finish(failed(request, failure, index))
+        return _Job(handle, sequences, is_streamed)
+
+    def _grammars(self) -> GrammarCompiler:
+        with self._changed:
+            if self._compiler is None:
+                self._compiler = GrammarCompiler(self._tokenizer, self._vocab_size, self._rules)
+            return self._compiler
+
+    def _ask_to_cancel(self, handle: Handle) -> None:
+        with self._changed:
+            self._cancelled.append(handle)
+            self._changed.notify_all()
+
+    def _serve(self) -> None:
+        """The engine's thread: step while there is work, sleep while there is none."""
+        try:
+            while self._take_orders():
+                self._step()
+        except Exception as error:  # whatever broke the step, nobody may wait for an answer that never comes
+            logger.exception("the engine stopped")
+            with self._changed:
+                self._death = InferenceError(
+                    f"the engine stopped: {type(error).__name__}: {error}",
+                    hint="Start the process again; report this with the log if it happens again.",
+                )
+            self._fail_all(self._death)
+
+    def _take_orders(self) -> bool:
+        """Wait for work and take it; whether to go on."""
+        loop = self._loop
+        if loop is None:
+            return False
+        with self._changed:
+            while not (self._inbox or self._cancelled or loop.has_work or self._is_closed):
+                self._changed.wait()
+            if self._is_closed:
+                return False
+            new, self._inbox = self._inbox, []
+            cancelled, self._cancelled = self._cancelled, []
+        owners = {sequence: job for job in new for sequence in job.sequences}
+        self._owners |= owners
+        for sequence in loop.add(owners):
+            self._report(owners[sequence], sequence)
+        for handle in cancelled:
+            job = self._jobs.get(handle)
+            for sequence in job.sequences if job is not None else ():
+                if job is not None and not sequence.is_finished:
+                    loop.cancel(sequence)
+                    self._report(job, sequence)
+        return True
+
+    def _step(self) -> None:
+        loop = self._loop
+        if loop is None:
+            return
+        for sequence in loop.step():
+            self._report(self._owners[sequence], sequence)
+
+    def _report(self, job: _Job, sequence: Sequence) -> None:
+        """Tell a handle what has become of one of its sequences."""
+        if job.is_streamed and (text := sequence.new_text()):
+            job.handle._tell(Piece(text, tuple(sequence.token_ids[-1:]), sequence.index))
+        if sequence.is_finished:
+            self._owners.pop(sequence, None)
+            job.handle._finish(sequence.completion())
+            if job.handle.is_done:
+                with self._changed:
+                    self._jobs.pop(job.handle, None)
+
+    def _fail_all(self, error: ExpertError) -> None:
+        with self._changed:
+            jobs, self._jobs, self._inbox = list(self._jobs.values()), {}, []
+        for job in jobs:
+            job.handle._die(error)
+
+
+def _what_is_computed(request: Request) -> Request:
+    """The request without its name; greedy ones also without their seed, which they do not use."""
+    params = request.params
+    if params.temperature > 0 or params.n > 1:
+        return request
+    return replace(request, id="", params=replace(params, seed=0))

@@ -1,0 +1,79 @@
+"""A loaded model made swift for inference on the CPU, its modules and its answers staying what they were.
+
+Nothing here knows an architecture. A module is made swift only where it is built like one that is known, and only when
+it gives the same result on trial.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.engine.kernels.cpu import Kernels
+from pipeline.engine.linear import PackedLinear
+from pipeline.engine.loader import BaseModel
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def pack_linears(base: BaseModel, num_rows: int) -> None:
+    """Lay the weights of all linear layers out as oneDNN wants them, where that is faster: bfloat16 on the CPU.
+
+    A head that shares its weight with the embedding stays as it is: it would be in memory twice.
+
+    Args:
+        base: The model, changed in place.
+        num_rows: How many tokens a step usually has.
+    """
+    if base.device.type != "cpu" or base.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
+        return
+    tied = base.model.get_input_embeddings().weight.data_ptr()
+    for name, module in list(base.model.named_modules()):
+        if type(module) is nn.Linear and module.weight.data_ptr() != tied:
+            parent, _, own = name.rpartition(".")
+            setattr(base.model.get_submodule(parent), own, PackedLinear(module, num_rows))
+
+
+def use_kernels(base: BaseModel, kernels: Kernels) -> None:
+    """Let the compiled kernels compute norms and gated feed-forward layers.
+
+    Args:
+        base: The model, changed in place.
+        kernels: Of the model's dtype.
+    """
+    for module in base.model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            _use_norm(module, kernels)
+        elif all(isinstance(getattr(module, name, None), nn.Module) for name in ("gate_proj", "up_proj", "down_proj")):
+            _use_gate(module, kernels)
+
+
+def _use_norm(module: Any, kernels: Kernels) -> None:
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    weight = getattr(module, "weight", None)
+    if not isinstance(eps, float) or not isinstance(weight, torch.Tensor) or weight.ndim != 1:
+        return
+    trial = torch.linspace(-2, 2, 3 * len(weight), dtype=kernels.dtype).view(3, -1)
+    for add_one in (False, True):
+
+        def forward(hidden: torch.Tensor, add_one: bool = add_one) -> torch.Tensor:
+            return kernels.rms_norm(hidden, module.weight, eps, add_one=add_one)
+
+        if _is_same(forward(trial), module(trial)):
+            module.forward = forward
+            return
+
+
+def _use_gate(module: Any, kernels: Kernels) -> None:
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        gated: torch.Tensor = module.down_proj(kernels.silu_mul(module.gate_proj(hidden), module.up_proj(hidden)))
+        return gated
+
+    trial = torch.linspace(-2, 2, 3 * module.gate_proj.in_features, dtype=kernels.dtype).view(1, 3, -1)
+    if _is_same(forward(trial), module(trial)):
+        module.forward = forward
+
+
+def _is_same(swift: torch.Tensor, stock: torch.Tensor) -> bool:
+    scale = max(float(stock.abs().max()), 1e-6)
+    return bool((swift - stock).abs().max() <= TOLERANCE[swift.dtype] * scale)
