@@ -22,7 +22,7 @@ from pipeline.errors import (
 from pipeline.package import ExpertPackage, open_package, resolve_base_model
 
 if TYPE_CHECKING:
-    from pipeline.engine.runtime import LoadedExpert
+    from pipeline.engine.runtime import EngineName, LoadedExpert
 
 PROMPT_FIELDS = ("prompt", "messages", "schema", "dialect", "system")
 ROW_ERRORS: dict[str, type[ExpertError]] = {
@@ -70,7 +70,7 @@ class InferenceResult:
 class Expert:
     """One expert package, ready to answer.
 
-    The model is loaded at the first call that needs it. Calls from several threads take turns.
+    The model is loaded at the first call that needs it. Calls from several threads are answered together.
 
     Example:
         >>> from pipeline import Expert, demo
@@ -79,11 +79,20 @@ class Expert:
         'SELECT name FROM users'
     """
 
-    def __init__(self, package: ExpertPackage, base_path: Path, *, device: str | None, dtype: str | None) -> None:
+    def __init__(
+        self,
+        package: ExpertPackage,
+        base_path: Path,
+        *,
+        device: str | None,
+        dtype: str | None,
+        engine: "EngineName" = "packed",
+    ) -> None:
         self.package = package
         self._base_path = base_path
         self._device = device
         self._dtype = dtype
+        self._engine: EngineName = engine
         self._loaded: LoadedExpert | None = None
         self._is_closed = False
         self._lock = threading.Lock()
@@ -95,6 +104,7 @@ class Expert:
         *,
         device: str | None = None,
         dtype: str | None = None,
+        engine: "EngineName" = "packed",
         cache_dir: str | os.PathLike[str] | None = None,
         base_model: str | os.PathLike[str] | None = None,
         models: Mapping[str, str] | None = None,
@@ -105,6 +115,7 @@ class Expert:
             path: A `.expert` file, an unpacked directory, or any fsspec URL of a file (`s3://`, `gs://`, `https://`).
             device: `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`, or None for the best there is.
             dtype: `"float32"`, `"bfloat16"`, `"float16"`, or None to choose by device and checkpoint.
+            engine: `"packed"`; or `"padded"`, slower, for a base model that the packed engine refuses.
             cache_dir: Where packages are unpacked; `$EXPERT_CACHE_DIR` or `~/.cache/expert` if None.
             base_model: The base model's directory or Hugging Face id; found by the manifest's name if None.
             models: Base model names of manifests, and where each is found.
@@ -114,7 +125,7 @@ class Expert:
         """
         package = open_package(path, cache_dir=None if cache_dir is None else Path(cache_dir))
         base_path = resolve_base_model(package.base, base_model=base_model, models=models, package=package.label)
-        return cls(package, base_path, device=device, dtype=dtype)
+        return cls(package, base_path, device=device, dtype=dtype, engine=engine)
 
     def generate(
         self,
@@ -228,11 +239,11 @@ class Expert:
                         raise
                     failure = Failure(error.code, error.message)
                     results[str(position)] = self._result(Completion(str(position), "", "error", 0, 0, failure))
-            for completion in loaded.engine.generate(requests):
-                if completion.failure is not None and raise_on_error:
-                    kind = ROW_ERRORS.get(completion.failure.code, InferenceError)
-                    raise kind(completion.failure.message, hint="See the message; the other prompts are not affected.")
-                results[completion.request_id] = self._result(completion)
+        for completion in loaded.engine.generate(requests):
+            if completion.failure is not None and raise_on_error:
+                kind = ROW_ERRORS.get(completion.failure.code, InferenceError)
+                raise kind(completion.failure.message, hint="See the message; the other prompts are not affected.")
+            results[completion.request_id] = self._result(completion)
         return [results[str(position)] for position in range(len(prompts))]
 
     def close(self) -> None:
@@ -261,7 +272,9 @@ class Expert:
         if self._loaded is None:
             from pipeline.engine.runtime import load_expert
 
-            self._loaded = load_expert(self.package, self._base_path, device=self._device, dtype=self._dtype)
+            self._loaded = load_expert(
+                self.package, self._base_path, engine=self._engine, device=self._device, dtype=self._dtype
+            )
         return self._loaded
 
     def _request(

@@ -7,7 +7,14 @@ from typing import Any
 
 import peft
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from pipeline import demo
 from pipeline.package import pack
@@ -33,6 +40,31 @@ ADAPTERS: dict[str, Any] = {
     "adalora": peft.AdaLoraConfig(
         init_r=4, target_r=4, lora_alpha=8, target_modules=TARGETS, total_step=10, task_type="CAUSAL_LM"
     ),
+}
+
+# Model types of transformers and what is special of them; a window is shorter than the prompts of the tests.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "qwen3": {},
+    "llama": {"attention_bias": True},
+    "qwen2": {},
+    "mistral": {"sliding_window": None},
+    "mistral windowed": {"sliding_window": 9},
+    "gemma": {},
+    "gemma2": {"sliding_window": 9, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 24},
+    "gemma3_text": {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]},
+}
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.4,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
 }
 
 
@@ -61,6 +93,21 @@ def make_base(folder: Path, *, vocab_size: int, context: int = 512) -> Path:
     )
     model = Qwen3ForCausalLM(config)
     path = folder / BASE_NAME
+    model.save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    return path
+
+
+def make_model(folder: Path, model_type: str, **options: Any) -> Path:
+    """A random model of two layers and any type that transformers has, saved as an ordinary model directory."""
+    torch.manual_seed(3)
+    config = AutoConfig.for_model(model_type, **(SHAPE | {"vocab_size": len(tokenizer())} | options))
+    path = folder / model_type
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "norm" in name or "bias" in name or "sinks" in name:  # ones and zeros would hide how they are used
+                value.add_(torch.randn_like(value) * 0.2)
     model.save_pretrained(path)
     tokenizer().save_pretrained(path)
     return path

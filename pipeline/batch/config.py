@@ -135,9 +135,17 @@ class BatchConfig(BaseModel):
     num_cpus: _RayQuantity | None = Field(
         None, description="CPU cores reserved for each worker; left out, Ray's own default."
     )
+    engine: Literal["packed", "padded"] = Field(
+        "packed", description="What computes: packed is fast; padded runs models that packed refuses."
+    )
     batch_size: int = Field(64, ge=1, description="At most this many sequences are answered together.")
-    max_batch_tokens: int = Field(
-        16384, ge=1, description="At most this many padded tokens (prompt and new) in one batch."
+    max_batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="At most this many tokens a step (packed) or batch (padded); left out, what suits the engine.",
+    )
+    kv_cache_bytes: int | None = Field(
+        None, ge=1, description="Memory for keys and values (packed); left out, what the device has to spare."
     )
     device: _Text | None = Field(
         None, description="Device of each worker, such as cuda or cpu; left out, the best there is."

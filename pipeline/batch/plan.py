@@ -21,7 +21,7 @@ from pipeline.engine.types import Grammar
 from pipeline.errors import ConfigError
 from pipeline.package import ExpertPackage, model_digest, open_package, resolve_base_model
 
-FINGERPRINT_VERSION = 1
+FINGERPRINT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,7 @@ def job_fingerprint(
         "expert_sha256": package.digest,
         "base_model": package.base.name,
         "base_model_sha256": model_digest(base_path),
+        "engine": config.engine,
         "dtype": config.dtype or "auto",
         "columns": {role: name for role, name in asdict(columns).items() if name and role != "expected"},
         "sampling": dict(options),

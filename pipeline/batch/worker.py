@@ -21,7 +21,7 @@ from pipeline.errors import ExpertError, IntegrityError, InvalidRequestError
 from pipeline.package import open_package
 
 if TYPE_CHECKING:
-    from pipeline.engine.runtime import LoadedExpert
+    from pipeline.engine.runtime import EngineName, LoadedExpert
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,10 @@ class WorkerJob:
     device: str | None
     dtype: str | None
     num_threads: int | None
+    engine: "EngineName"
     batch_size: int
-    max_batch_tokens: int
+    max_batch_tokens: int | None
+    kv_cache_bytes: int | None
     options: Mapping[str, Any]
     columns: ResolvedColumns
     seed: int
@@ -133,8 +135,10 @@ def _load(job: WorkerJob) -> "LoadedExpert":
         Path(job.base_path),
         device=job.device,
         dtype=job.dtype,
+        engine=job.engine,
         batch_size=job.batch_size,
         max_batch_tokens=job.max_batch_tokens,
+        kv_cache_bytes=job.kv_cache_bytes,
         options=job.options,
     )
 

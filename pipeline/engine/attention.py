@@ -18,7 +18,7 @@ from pipeline.engine.scheduler import Chunk, Entry, Prefix
 from pipeline.errors import BaseModelError
 
 NAME = "expert_packed"
-_HARMLESS = frozenset({"dropout", "position_ids", "use_cache", "is_causal"})
+_HARMLESS = frozenset({"dropout", "position_ids", "use_cache", "is_causal", "output_router_logits"})
 
 
 class StepAttention(Protocol):

@@ -4,9 +4,11 @@ import asyncio
 import logging
 import queue
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,7 +30,10 @@ CLOSE_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Piece:
-    """Text that a running request has become certain of; `index` tells its answers apart."""
+    """Text that a running request has become certain of, and the tokens generated since the piece before.
+
+    `index` tells the request's answers apart.
+    """
 
     text: str
     token_ids: tuple[int, ...]
@@ -46,7 +51,7 @@ class Handle:
         self.request = request
         self._cancel = cancel
         self._future: Future[tuple[Completion, ...]] = Future()
-        self._pieces: queue.SimpleQueue[Piece | None] = queue.SimpleQueue()
+        self._future.set_running_or_notify_cancel()  # who gives up waiting for it does not cancel it
         self._listeners: list[Callable[[Piece | None], None]] = []
         self._backlog: list[Piece | None] = []
         self._lock = threading.Lock()
@@ -79,8 +84,10 @@ class Handle:
         self._future.add_done_callback(lambda _: callback(self))
 
     def __iter__(self) -> Iterator[Piece]:
-        while (piece := self._pieces.get()) is not None:
-            yield piece
+        pieces: queue.SimpleQueue[Piece | None] = queue.SimpleQueue()
+        with self._listening(pieces.put):
+            while (piece := pieces.get()) is not None:
+                yield piece
         self._raise_failure()
 
     def __await__(self) -> Any:
@@ -91,15 +98,26 @@ class Handle:
         pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
 
         def listen(piece: Piece | None) -> None:
-            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
+        with self._listening(listen):
+            while (told := await pieces.get()) is not None:
+                yield told
+        self._raise_failure()
+
+    @contextmanager
+    def _listening(self, listener: Callable[[Piece | None], None]) -> Iterator[None]:
+        """Tell a listener what was told already, and what comes."""
         with self._lock:
             for piece in self._backlog:
-                pieces.put_nowait(piece)
-            self._listeners.append(listen)
-        while (told := await pieces.get()) is not None:
-            yield told
-        self._raise_failure()
+                listener(piece)
+            self._listeners.append(listener)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._listeners.remove(listener)
 
     def _raise_failure(self) -> None:
         if self._future.done() and (error := self._future.exception()) is not None:
@@ -108,21 +126,19 @@ class Handle:
     def _tell(self, piece: Piece | None) -> None:
         with self._lock:
             self._backlog.append(piece)
-            listeners = list(self._listeners)
-        self._pieces.put(piece)
-        for listen in listeners:
-            listen(piece)
+            for listen in self._listeners:
+                listen(piece)
 
     def _finish(self, completion: Completion) -> None:
         self._completions[completion.index] = completion
-        if len(self._completions) == self.request.params.n:
-            self._tell(None)
+        if len(self._completions) == self.request.params.n and not self.is_done:
             self._future.set_result(tuple(self._completions[at] for at in sorted(self._completions)))
+            self._tell(None)
 
     def _die(self, error: ExpertError) -> None:
-        if not self._future.done():
-            self._tell(None)
+        if not self.is_done:
             self._future.set_exception(error)
+            self._tell(None)
 
 
 @dataclass(eq=False)
@@ -132,6 +148,7 @@ class _Job:
     handle: Handle
     sequences: list[Sequence]
     is_streamed: bool
+    num_told: Counter[int] = field(default_factory=Counter)  # tokens of each answer that its pieces have
 
 
 class PackedEngine:
@@ -342,7 +359,9 @@ class PackedEngine:
     def _report(self, job: _Job, sequence: Sequence) -> None:
         """Tell a handle what has become of one of its sequences."""
         if job.is_streamed and (text := sequence.new_text()):
-            job.handle._tell(Piece(text, tuple(sequence.token_ids[-1:]), sequence.index))
+            told = job.num_told[sequence.index]
+            job.num_told[sequence.index] = sequence.num_generated
+            job.handle._tell(Piece(text, tuple(sequence.token_ids[told:]), sequence.index))
         if sequence.is_finished:
             self._owners.pop(sequence, None)
             job.handle._finish(sequence.completion())

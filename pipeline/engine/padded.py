@@ -5,6 +5,7 @@ token and the end of a sequence are ours, plugged into `generate` as a logits pr
 that every row of a batch follows its own rules.
 """
 
+import threading
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Rows
 from typing import Any
@@ -42,6 +43,7 @@ class PaddedEngine:
         self._pad_token_id = tokenizer.pad_token_id if is_padded else min(self._rules.eos_token_ids, default=0)
         self._vocab_size = int(base.model.config.vocab_size)
         self._compiler: GrammarCompiler | None = None
+        self._turn = threading.Lock()  # one batch at a time
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Answer every request, yielding each batch's completions as it finishes; see `pipeline.engine.Engine`."""
@@ -54,7 +56,9 @@ class PaddedEngine:
                 yield from (failed(request, failure, index) for index in range(request.params.n))
         waiting.sort(key=lambda sequence: len(sequence.request.prompt_token_ids))
         for batch in self._batches(waiting):
-            yield from self._answer(batch)
+            with self._turn:
+                answers = list(self._answer(batch))
+            yield from answers
 
     def close(self) -> None:
         """Free the device."""

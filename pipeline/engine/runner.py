@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 
@@ -41,6 +42,7 @@ class Runner:
         num_kv_heads = int(getattr(config, "num_key_value_heads", None) or self._num_q_heads)
         head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // self._num_q_heads)
         num_layers = int(config.num_hidden_layers)
+        _check_config(config, type(self._model).__name__, base.context_length)
         trial = self._trial_tokens(int(config.vocab_size))
         wanted = self._stock_scores(trial)
         self.cache = KVCache(
@@ -148,6 +150,23 @@ class Runner:
                 f"{kind} computes something else when it is run packed: its scores differ by {difference:.1%}",
                 hint=USE_PADDED,
             )
+
+
+def _check_config(config: Any, kind: str, context_length: int) -> None:
+    """Refuse what a trial of a few tokens cannot show, because it begins with longer texts."""
+    told = getattr(config, "rope_parameters", None) or {}
+    ropes = [told, *(own for own in told.values() if isinstance(own, dict))]
+    reason = ""
+    for rope in ropes:
+        if rope.get("rope_type") in ("dynamic", "longrope"):
+            first = rope.get("original_max_position_embeddings") or 0
+            if rope["rope_type"] == "dynamic" or first < context_length:
+                reason = f"its {rope['rope_type']} rotary positions depend on the longest text of the batch"
+    chunk = getattr(config, "attention_chunk_size", None)
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()) and (chunk or 0) < context_length:
+        reason = f"it attends within pieces of {chunk} tokens"
+    if reason:
+        raise BaseModelError(f"{kind} cannot be run packed: {reason}", hint=USE_PADDED)
 
 
 def _tokens(chunk: Chunk) -> tuple[list[int], int]:

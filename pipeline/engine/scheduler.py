@@ -189,6 +189,7 @@ class Scheduler:
             self._release(entry)
         else:
             self._num_waiting -= 1
+            self._leave_mates(entry)
 
     def rerun(self, chunks: Iterable[Chunk]) -> None:
         """Put back what a step that failed was to compute: its memory is free, and it is computed again."""
@@ -203,6 +204,8 @@ class Scheduler:
         step = Step()
         planned: dict[Prefix, int] = {}
         budget = self.max_step_tokens
+        while len(self.running) > self.max_running:  # the limit was lowered
+            self._preempt(self.running[-1])
         for entry in list(self.running):
             if budget > 0 and entry in self.running:
                 budget -= self._plan(entry, budget, step, planned)
@@ -265,10 +268,12 @@ class Scheduler:
 
     def _admit(self, entry: Entry, step: Step) -> bool:
         """Give a waiting sequence its slots; if they are not free, it goes on waiting."""
+        if self._needed(entry) > self.slots.num_tokens and entry.prefix_length:
+            self._leave_mates(entry)
+            entry.prefix_length = 0  # two slots may be larger than the one that holds all
         prefix = self._prefixes.get(entry.group) if entry.prefix_length else None
         ahead = min(ROOM_AHEAD, entry.max_tokens - entry.num_generated)
-        needed = slot_size(entry.num_own) + (slot_size(entry.prefix_length) if entry.prefix_length else 0)
-        if needed > self.slots.num_tokens:
+        if self._needed(entry) > self.slots.num_tokens:
             step.too_large.append(entry)
             self._leave_queue(entry)
             entry.is_done = True
@@ -299,6 +304,9 @@ class Scheduler:
             at -= 1
         self.running.insert(at, entry)
         return True
+
+    def _needed(self, entry: Entry) -> int:
+        return slot_size(entry.num_own) + (slot_size(entry.prefix_length) if entry.prefix_length else 0)
 
     def _preempt(self, entry: Entry) -> None:
         self.running.remove(entry)
@@ -348,6 +356,9 @@ class Scheduler:
         else:
             self._favoured = self._mates.get(entry.group, deque())
             self._num_favours = MATES
+        self._leave_mates(entry)
+
+    def _leave_mates(self, entry: Entry) -> None:
         mates = self._mates.get(entry.group)
         while mates and (mates[0] is entry or not self._is_waiting(mates[0])):
             mates.popleft()

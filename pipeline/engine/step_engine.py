@@ -42,6 +42,7 @@ class StepEngine:
         self._bank = bank
         self._context_length = context_length
         self.scheduler = Scheduler(runner.cache.num_tokens, max_running=max_running, max_step_tokens=max_step_tokens)
+        self.num_tokens_computed = 0  # since the beginning, recomputed ones counted again
         self._sequences: dict[Entry, Sequence] = {}
         self._entries: dict[Sequence, Entry] = {}
 
@@ -87,6 +88,7 @@ class StepEngine:
         advanced = [self._too_large(entry) for entry in step.too_large]
         scores = self._run(step) if step.chunks else None
         if scores is not None:
+            self.num_tokens_computed += sum(chunk.count for chunk in step.chunks)
             sampling = [chunk.owner for chunk in step.chunks if chunk.samples]
             chosen = [self._sequences[entry] for entry in sampling if isinstance(entry, Entry)]
             choices = choose_tokens_(scores, chosen) if chosen else []
@@ -115,6 +117,7 @@ class StepEngine:
         """Make steps smaller after one that did not fit; the sequence that does not even fit alone fails."""
         scheduler = self.scheduler
         scheduler.rerun(step.chunks)
+        self._runner.cache.free(step.freed)  # the step may have failed before it did
         self._runner.cache.clear()
         free_memory()
         if scheduler.max_running > 1 or scheduler.max_step_tokens > 1:

@@ -66,8 +66,8 @@ def test_defaults() -> None:
         "output_prefix": "",
         "seed": 0,
         "shard_rows": 256,
+        "engine": "packed",
         "batch_size": 64,
-        "max_batch_tokens": 16384,
         "progress_seconds": 5.0,
     }
     assert config.columns == ColumnsConfig()

@@ -31,7 +31,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def expert(base: Path, tmp_path_factory: pytest.TempPathFactory) -> LoadedExpert:
     path, _ = tiny.make_package("dora", base, tmp_path_factory.mktemp("packages"))
-    return load_expert(open_package(path), base, device="cpu", dtype="float32")
+    return load_expert(open_package(path), base, engine="padded", device="cpu", dtype="float32")
 
 
 def requests(expert: LoadedExpert, **options: object) -> list[Request]:
@@ -48,7 +48,7 @@ def texts(expert: LoadedExpert, asked: list[Request]) -> dict[str, str]:
 @pytest.mark.parametrize("kind", tiny.ADAPTERS)
 def test_greedy_tokens_equal_unmerged_peft(kind: str, base: Path, tmp_path: Path) -> None:
     path, adapted = tiny.make_package(kind, base, tmp_path)
-    expert = load_expert(open_package(path), base, device="cpu", dtype="float32")
+    expert = load_expert(open_package(path), base, engine="padded", device="cpu", dtype="float32")
     plain = tiny.Qwen3ForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     answers = {completion.request_id: completion for completion in expert.engine.generate(requests(expert))}
     differs_from_base = 0
