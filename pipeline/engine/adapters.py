@@ -28,6 +28,7 @@ class AdapterInfo:
 
     Args:
         name: What the caller calls it.
+        digest: The package's.
         kind: The method: lora, dora, ia3, lokr or adalora.
         rank: The largest rank of its pairs of matrices; None when it has none.
         num_bytes: What its tensors take, their low-rank pairs filled up to a power of two.
@@ -37,6 +38,7 @@ class AdapterInfo:
     """
 
     name: str
+    digest: str
     kind: str
     rank: int | None
     num_bytes: int
@@ -193,6 +195,7 @@ class AdapterBank:
             resident = self._resident(name)
             return AdapterInfo(
                 name=name,
+                digest=resident.digest,
                 kind=resident.kind,
                 rank=resident.rank,
                 num_bytes=resident.num_bytes,

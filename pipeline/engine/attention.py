@@ -58,8 +58,8 @@ class StepCache:
 def packed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,  # [1, num_q_heads, num_tokens, head_dim]
-    key: torch.Tensor,
-    value: torch.Tensor,
+    _key: torch.Tensor,
+    _value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -98,7 +98,9 @@ class KernelAttention:
         _, _, num_kv_heads, head_dim = cache.shape
         self._kernels = kernels
         self._tensors = []
-        items, groups, start = [], [], 0
+        items: list[tuple[int, ...]] = []
+        groups: list[tuple[int, ...]] = []
+        start = 0
         last: Prefix | None = None
         for chunk in chunks:
             tensor = cache.tensor(chunk.slot)

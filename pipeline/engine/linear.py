@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 
 class PackedLinear(nn.Module):
@@ -27,7 +26,8 @@ class PackedLinear(nn.Module):
     @property
     def weight(self) -> torch.Tensor:  # [out_features, in_features]
         """The weight in the plain layout, made anew at each call."""
-        return self._packed.to_dense()
+        dense: torch.Tensor = self._packed.to_dense()
+        return dense
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:  # [..., in_features] -> [..., out_features]
         """The product, with the bias."""
@@ -35,17 +35,11 @@ class PackedLinear(nn.Module):
 
     def multiply(self, hidden: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The product, with the bias given."""
-        return torch.ops.mkldnn._linear_pointwise(hidden, self._packed, bias, "none", [], "")
-
-
-def without_bias(linear: Any, hidden: torch.Tensor) -> torch.Tensor:  # [..., in_features] -> [..., out_features]
-    """The product of a linear layer, plain or packed, without its bias."""
-    if isinstance(linear, PackedLinear):
-        return linear.multiply(hidden, None)
-    return functional.linear(hidden, linear.weight)
+        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(hidden, self._packed, bias, "none", [], "")
+        return product
 
 
 def dense_weight(linear: Any) -> torch.Tensor:  # [out_features, in_features]
     """The weight of a linear layer, plain, packed or quantised, as an ordinary tensor."""
-    weight = linear.weight
+    weight: torch.Tensor = linear.weight
     return weight.dequantize() if hasattr(weight, "tensor_impl") or hasattr(weight, "qdata") else weight

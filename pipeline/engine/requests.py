@@ -17,7 +17,7 @@ from pipeline.package import ExpertPackage
 
 GRAMMAR_KINDS: dict[str, GrammarKind] = {"grammar": "gbnf", "json_schema": "json_schema", "regex": "regex"}
 CONSTRAINTS = ("use_grammar", *GRAMMAR_KINDS)  # options of which one is given
-OPTION_NAMES = (*SamplingParams.option_names(), *CONSTRAINTS, "truncate")
+OPTION_NAMES = (*SamplingParams.option_names(), *CONSTRAINTS, "truncate", "soft_prompt")
 
 
 class RequestBuilder:
@@ -29,6 +29,7 @@ class RequestBuilder:
         context_length: At most this many tokens, prompt and answer together.
         options: Options that go before the manifest's, for every request: any of `OPTION_NAMES`; None leaves a default.
         expert_name: The name under which the engine holds the expert's adapter; None where it is merged.
+        soft_prompts: The ids that the engine has given to the positions of each soft prompt, by its name.
 
     Raises:
         InvalidRequestError: An option is unknown or has a wrong value.
@@ -46,11 +47,14 @@ class RequestBuilder:
         options: Mapping[str, Any] | None = None,
         *,
         expert_name: str | None = None,
+        soft_prompts: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         self._package = package
         self._tokenizer = tokenizer
         self._context_length = context_length
         self._expert_name = expert_name
+        self._soft_prompts = dict(soft_prompts or {})
+        self._soft_prompt = (options or {}).get("soft_prompt")
         self._dialect = default_dialect(package.manifest.capabilities)
         self._encoder = ChatEncoder(tokenizer)
         self._params, self.grammar = request_defaults(package, options or {})
@@ -88,21 +92,39 @@ class RequestBuilder:
         params = override_params(self._params, options) if options else self._params
         chosen = choose_grammar(self._package, options) if _chooses(options) else self.grammar
         side = _side(options.get("truncate")) or self._truncate
+        soft = self._choose_soft_prompt(options.get("soft_prompt") or self._soft_prompt)
+        context_length = self._context_length - len(soft)
         token_ids, prefix_length = self._encoder.encode(conversation)
         if side is not None:
-            room = self._context_length - min(params.max_tokens, self._context_length // 2)
+            room = context_length - min(params.max_tokens, context_length // 2)
             while len(token_ids) > room:
                 texts = shorten(texts, self._tokenizer, len(token_ids) - room, side)
                 token_ids, prefix_length = self._encoder.encode(build_messages(**texts, dialect=dialect))
-        room = self._context_length - len(token_ids)
+        room = context_length - len(token_ids)
         if room < 1:
             raise PromptTooLongError(
-                f"the prompt has {len(token_ids):,} tokens, and the model's context holds {self._context_length:,}",
+                f"the prompt has {len(token_ids):,} tokens, and the model's context holds {context_length:,}",
                 hint="Shorten the prompt or the schema, or set truncate; one token at least is left for the answer.",
             )
         if params.max_tokens > room:
             params = replace(params, max_tokens=room, min_tokens=min(params.min_tokens, room))
-        return Request(request_id, token_ids, params, chosen, self._expert_name, prefix_length)
+        return Request(request_id, soft + token_ids, params, chosen, self._expert_name, len(soft) + prefix_length)
+
+    def _choose_soft_prompt(self, name: Any) -> tuple[int, ...]:
+        """The positions before the prompt: of the soft prompt named, or of the only one."""
+        if name is None:
+            if len(self._soft_prompts) > 1:
+                raise InvalidRequestError(
+                    f"{self._package.label} has {len(self._soft_prompts)} soft prompts, and none is chosen",
+                    hint=f"Set soft_prompt to one of {', '.join(sorted(self._soft_prompts))}.",
+                )
+            return next(iter(self._soft_prompts.values()), ())
+        if name not in self._soft_prompts:
+            raise InvalidRequestError(
+                f"{self._package.label} has no soft prompt {name!r}",
+                hint=f"It has: {', '.join(sorted(self._soft_prompts)) or 'none'}.",
+            )
+        return self._soft_prompts[name]
 
 
 def request_defaults(package: ExpertPackage, options: Mapping[str, Any]) -> tuple[SamplingParams, Grammar | None]:

@@ -9,7 +9,8 @@ from pipeline.engine.adapters import AdapterBank
 from pipeline.engine.loader import load_base_model, load_tokenizer, merge_adapter
 from pipeline.engine.packed import PackedEngine
 from pipeline.engine.padded import PaddedEngine
-from pipeline.engine.requests import RequestBuilder
+from pipeline.engine.requests import RequestBuilder, request_defaults
+from pipeline.engine.soft_prompts import load_soft_prompts
 from pipeline.engine.types import Engine
 from pipeline.errors import AdapterError, ConfigError, TokenizerError
 from pipeline.package import ExpertPackage
@@ -60,18 +61,18 @@ def load_expert(
         InvalidRequestError: An option has a wrong value.
     """
     _check_engine(engine)
-    if package.manifest.soft_prompts:
+    request_defaults(package, options or {})  # a mistake in them is told before the model is loaded
+    soft_prompts = load_soft_prompts(package)
+    if soft_prompts and engine == "padded":
         raise AdapterError(
-            f"{package.label} has soft prompts in PyTorch files, which are pickles and are not opened yet",
-            details=[f"soft_prompts[{at}]: {prompt.name}" for at, prompt in enumerate(package.manifest.soft_prompts)],
-            hint="Pack the expert without soft prompts, if its adapter was trained to answer without them.",
+            f"{package.label} has soft prompts, which the padded engine does not apply", hint='Use engine "packed".'
         )
     base = load_base_model(base_path, device=device, dtype=dtype)
     tokenizer = load_tokenizer(package, base_path)
     _check_tokenizer(tokenizer, package.label, int(base.model.config.get_text_config().vocab_size))
-    requests = RequestBuilder(package, tokenizer, base.context_length, options)
     base = merge_adapter(base, package)
     made: PackedEngine | PaddedEngine
+    positions: dict[str, tuple[int, ...]] = {}
     if engine == "packed":
         made = PackedEngine(
             base,
@@ -80,8 +81,10 @@ def load_expert(
             max_batch_tokens=max_batch_tokens or STEP_TOKENS,
             kv_cache_bytes=kv_cache_bytes,
         )
+        positions = {name: made.add_soft_prompt(prompt) for name, prompt in soft_prompts.items()}
     else:
         made = PaddedEngine(base, tokenizer, batch_size=batch_size, max_batch_tokens=max_batch_tokens or 16384)
+    requests = RequestBuilder(package, tokenizer, base.context_length, options, soft_prompts=positions)
     if requests.grammar is not None:
         made.check_grammar(requests.grammar)
     return LoadedExpert(

@@ -173,6 +173,12 @@ class Scheduler:
         fitting = (length for length in lengths if length < len(prompt))
         return next((length for length in fitting if (expert, prompt[:length]) in self._prefixes), 0)
 
+    def forget_prefixes(self, expert: str) -> None:
+        """Drop the prefixes of an expert that no sequence uses."""
+        for prefix in list(self._prefixes.values()):
+            if prefix.expert == expert and prefix.num_users == 0:
+                self._drop(prefix)
+
     def add(self, entries: Iterable[Entry]) -> None:
         """Put sequences at the end of the queue."""
         for entry in entries:
@@ -213,7 +219,8 @@ class Scheduler:
             found = self._next()
             if found is None or not self._admit(found, step):
                 break
-            budget -= self._plan(found, budget, step, planned)
+            if not found.is_done:  # it may be too large
+                budget -= self._plan(found, budget, step, planned)
         ranks = {prefix: at for at, prefix in enumerate(self._prefixes.values())}
         step.chunks.sort(key=lambda chunk: _place(chunk, ranks))
         step.freed = self.slots.take_freed()

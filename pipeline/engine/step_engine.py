@@ -43,6 +43,7 @@ class StepEngine:
         self._context_length = context_length
         self.scheduler = Scheduler(runner.cache.num_tokens, max_running=max_running, max_step_tokens=max_step_tokens)
         self.num_tokens_computed = 0  # since the beginning, recomputed ones counted again
+        self._digests: dict[str, str] = {}  # of the experts that have answered
         self._sequences: dict[Entry, Sequence] = {}
         self._entries: dict[Sequence, Entry] = {}
 
@@ -159,6 +160,10 @@ class StepEngine:
                 hint=f"Load it first; loaded are: {', '.join(names) or 'none'}.",
             )
         self._bank.acquire(request.expert)
+        digest = self._bank.info(request.expert).digest
+        if self._digests.setdefault(request.expert, digest) != digest:
+            self.scheduler.forget_prefixes(request.expert)  # they are of another expert that had the name
+            self._digests[request.expert] = digest
 
     def _too_large(self, entry: Entry) -> Sequence:
         sequence = self._sequences[entry]

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from pipeline.engine import LoadedExpert, load_expert
 from pipeline.engine.requests import RequestBuilder, override_options, request_defaults
@@ -84,8 +86,42 @@ def test_soft_prompts_are_not_silently_left_out(base: Path, tmp_path: Path) -> N
     manifest = json.loads((source / "manifest.json").read_text())
     manifest["soft_prompts"] = [{"name": "style", "path": "style.pt", "tokens": 4, "init_method": "random"}]
     (source / "style.pt").write_bytes(b"x")
-    with pytest.raises(AdapterError, match="soft prompts"):
+    with pytest.raises(AdapterError, match=r"style\.pt: a pickle"):
         load_expert(open_package(pack(source, tmp_path, manifest=manifest)), base)
+
+
+def test_a_packages_soft_prompt_stands_before_the_prompt(base: Path, tmp_path: Path) -> None:
+    _, adapted = tiny.make_package("lora", base, tmp_path)
+    source = tmp_path / "lora"
+    manifest = json.loads((source / "manifest.json").read_text())
+    manifest["soft_prompts"] = [
+        {"name": name, "path": f"{name}.safetensors", "tokens": tokens} for name, tokens in (("style", 4), ("tone", 2))
+    ]
+    torch.manual_seed(5)
+    soft = {"style": torch.randn(4, 64), "tone": torch.randn(2, 64)}
+    for name, embeddings in soft.items():
+        save_file({"prompt": embeddings}, source / f"{name}.safetensors")
+    expert = load_expert(open_package(pack(source, tmp_path, manifest=manifest)), base, dtype="float32")
+    with pytest.raises(InvalidRequestError, match="2 soft prompts, and none is chosen"):
+        expert.requests.build("a", prompt="b")
+    with pytest.raises(InvalidRequestError, match="no soft prompt 'mood'"):
+        expert.requests.build("a", prompt="b", options={"soft_prompt": "mood"})
+    requests = [expert.requests.build(name, prompt="How many?", options={"soft_prompt": name}) for name in soft]
+    answers = {completion.request_id: completion for completion in expert.engine.generate(requests)}
+    expert.engine.close()
+    for request in requests:
+        embeddings = soft[request.id]
+        prompt = torch.tensor([request.prompt_token_ids[len(embeddings) :]])
+        embedded = torch.cat([embeddings[None], adapted.get_input_embeddings()(prompt)], dim=1)
+        with torch.inference_mode():
+            wanted = adapted.generate(
+                inputs_embeds=embedded,
+                attention_mask=torch.ones(embedded.shape[:2]),
+                max_new_tokens=12,
+                do_sample=False,
+            )
+        assert list(answers[request.id].token_ids) == wanted[0].tolist()
+    assert answers["style"].token_ids != answers["tone"].token_ids
 
 
 @pytest.mark.parametrize(
