@@ -180,6 +180,7 @@ class PackedEngine:
         self._rules = StopRules(tokenizer, base.eos_token_ids)
         self._vocab_size = int(base.model.config.get_text_config().vocab_size)
         self.bank = bank
+        self.context_length = base.context_length
         runner = Runner(base, kv_cache_bytes=kv_cache_bytes, num_rows=batch_size)
         self._soft_prompts = runner.soft_prompts
         self._loop: StepEngine | None = StepEngine(

@@ -30,6 +30,14 @@ class LoadedExpert:
     dtype: str
 
 
+@dataclass(frozen=True)
+class LoadedExperts:
+    """Several experts over one base model on one device; `requests` builds those of each, by name."""
+
+    engine: PackedEngine
+    requests: Mapping[str, RequestBuilder]
+
+
 def load_expert(
     package: ExpertPackage,
     base_path: Path,
@@ -93,6 +101,54 @@ def load_expert(
         device=str(base.device),
         dtype=str(base.dtype).removeprefix("torch."),
     )
+
+
+def load_experts(
+    packages: Mapping[str, ExpertPackage],
+    base_path: Path,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    batch_size: int = 64,
+    max_batch_tokens: int | None = None,
+    kv_cache_bytes: int | None = None,
+) -> LoadedExperts:
+    """Load experts of any kinds over one base model, to be answered side by side in one batch.
+
+    Args:
+        packages: The experts, by the names they shall have.
+        base_path: The base model's directory, with a tokenizer.
+        device, dtype, batch_size, max_batch_tokens, kv_cache_bytes: As for `load_expert`.
+
+    Raises:
+        As `load_expert`.
+        TokenizerError: A package brings another vocabulary than the base model's.
+    """
+    engine = load_engine(
+        base_path,
+        packages,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        max_batch_tokens=max_batch_tokens,
+        kv_cache_bytes=kv_cache_bytes,
+    )
+    if not isinstance(engine, PackedEngine):
+        raise TypeError("experts side by side need the packed engine")
+    vocabulary = load_tokenizer(None, base_path).get_vocab()
+    requests = {}
+    for name, package in packages.items():
+        tokenizer = load_tokenizer(package, base_path)
+        if tokenizer.get_vocab() != vocabulary:
+            raise TokenizerError(
+                f"the tokenizer of {package.label} has another vocabulary than the base model's",
+                hint="Pack the tokenizer of the base model, or load the expert alone.",
+            )
+        prompts = {label: engine.add_soft_prompt(prompt) for label, prompt in load_soft_prompts(package).items()}
+        requests[name] = RequestBuilder(
+            package, tokenizer, engine.context_length, expert_name=name, soft_prompts=prompts
+        )
+    return LoadedExperts(engine, requests)
 
 
 def load_engine(
