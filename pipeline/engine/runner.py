@@ -68,8 +68,10 @@ class Runner:
         Returns:
             The scores after the last token of each chunk that samples, in the order of the chunks.
         """
+        sources = {old for old, _, _ in step.moves}
+        self.cache.free(slot for slot in step.freed if slot not in sources)
         self.cache.move(step.moves)
-        self.cache.free(step.freed)
+        self.cache.free(sources)
         return self._forward(step.chunks)
 
     def _forward(self, chunks: Sequence[Chunk]) -> torch.Tensor:

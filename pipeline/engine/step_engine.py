@@ -96,8 +96,9 @@ class StepEngine:
             for sequence, choice in zip(chosen, choices, strict=True):
                 sequence.append(choice)
             advanced += chosen
-        elif step.chunks:
-            advanced += self._lower_limits(step)
+        else:
+            self._runner.cache.free(step.freed)
+            advanced += self._lower_limits(step) if step.chunks else []
         for sequence in advanced:
             if sequence.is_finished:
                 self._forget(sequence)

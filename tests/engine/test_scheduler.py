@@ -140,6 +140,8 @@ class History:
         while self.num_to_come or scheduler.has_work:
             self.arrive()
             self.cancel(0.02)
+            if draw.random() < 0.01:
+                scheduler.forget_prefixes("sql")
             if not scheduler.has_work:
                 continue
             running = set(scheduler.running)
@@ -244,10 +246,10 @@ class History:
 
 @pytest.mark.parametrize("few", [True, False])
 @settings(max_examples=5_000, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
-@given(seed=st.integers(0, 2**40), num_requests=st.integers(1, 12))
+@given(seed=st.integers(0, 2**40), num_requests=st.integers(1, 9))
 def test_random_histories(few: bool, seed: int, num_requests: int) -> None:
     """Ten thousand of them: half with a few requests, half with many at once."""
-    History(random.Random(seed), num_requests if few else num_requests + 10).play()
+    History(random.Random(seed), num_requests if few else num_requests + 6).play()
 
 
 # Each rule by an example.
@@ -419,6 +421,18 @@ def test_an_idle_prefix_is_kept_and_the_one_unused_the_longest_goes_first() -> N
     scheduler.add([entry_of(3, max_tokens=1, prefix=20, stem=4)])
     assert planned(run(scheduler))[0][1:3] == (0, 20)
     assert {prefix.token_ids[0] for prefix in scheduler.prefixes} == {1, 3, 4}
+
+
+def test_an_expert_that_leaves_takes_its_idle_prefixes_along() -> None:
+    scheduler, last = scheduler_of(), entry_of(3, max_tokens=2, prefix=30, expert="sql")
+    scheduler.add([entry_of(3, max_tokens=1, prefix=20, expert=expert) for expert in ("sql", "extract")])
+    scheduler.add([last])
+    run(scheduler)
+    scheduler.forget_prefixes("sql")
+    assert [(prefix.expert, prefix.length) for prefix in scheduler.prefixes] == [("extract", 20), ("sql", 30)]
+    run(scheduler)
+    scheduler.forget_prefixes("sql")
+    assert [(prefix.expert, prefix.length) for prefix in scheduler.prefixes] == [("extract", 20)]
 
 
 def test_an_idle_prefix_makes_room_for_a_request() -> None:
