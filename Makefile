@@ -37,9 +37,12 @@ format: $(STAMP)  ## format the code and apply safe lint fixes
 test: $(STAMP)  ## run all tests
 	$(BIN)/python -m pytest
 
-bench: $(STAMP)  ## compare the engines with stock generate and, after bench-peers, with vLLM (an hour on two cores)
+bench: $(STAMP)  ## compare the engines with stock generate and, after bench-peers, with vLLM (two hours on two cores)
 	$(BIN)/python -m benchmarks.engine --workload shared-schema,unique-prompts --json build/bench/engine.json \
 	  $(if $(wildcard $(PEERS)/bin/python),--peer vllm=$(PEERS)/bin/python)
+	$(BIN)/python -m benchmarks.engine --workload mixed-experts-3,mixed-experts-30 \
+	  --peers thirty-lines,packed-merged,packed --json build/bench/experts.json
+	$(BIN)/python -m benchmarks.engine --single --swap --json build/bench/single.json
 
 # Its torchvision, torchaudio and torchcodec do not match the torch it brings; it runs without them.
 bench-peers:  ## install vLLM for make bench, into an environment of its own

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.models import BUILD
+
 
 @dataclass(frozen=True)
 class Peer:
@@ -17,6 +19,7 @@ class Peer:
         about: What it is, for the table's reader.
         options: What the module takes.
         interpreter: Its name as given with `--peer NAME=PATH`; None for the interpreter that measures.
+        takes_experts: It can answer rows that experts answer.
         unmixed: It answers with one merged expert what the workload gives to several.
     """
 
@@ -24,19 +27,35 @@ class Peer:
     about: str
     options: Mapping[str, Any] = field(default_factory=dict)
     interpreter: str | None = None
+    takes_experts: bool = False
     unmixed: bool = False
 
 
+SWAP = Peer("swap", "what changing the expert costs", takes_experts=True)
 PEERS = {
-    "thirty-lines": Peer("thirty_lines", "stock generate, left-padded batches of 16, input order"),
-    "sorted": Peer("thirty_lines", "the same, sorted by prompt length", {"sort": True}),
+    "thirty-lines": Peer(
+        "thirty_lines",
+        "stock generate, left-padded batches of 16, input order; experts one after another, each merged by PEFT",
+        takes_experts=True,
+    ),
+    "sorted": Peer("thirty_lines", "the same, sorted by prompt length", {"sort": True}, takes_experts=True),
     "transformers-cb": Peer("transformers_cb", "transformers' continuous batching"),
     "padded": Peer("ours", "pipeline's padded engine", {"engine": "padded"}),
-    "packed": Peer("ours", "pipeline's packed engine", {"engine": "packed"}),
+    "packed": Peer("ours", "pipeline's packed engine", {"engine": "packed"}, takes_experts=True),
     "packed-no-hint": Peer(
-        "ours", "packed, not told how long the shared prefixes are", {"engine": "packed", "hint": 0}
+        "ours",
+        "packed, not told how long the shared prefixes are",
+        {"engine": "packed", "hint": 0},
+        takes_experts=True,
     ),
-    "packed-merged": Peer("ours", "packed, all rows by one merged expert", {"engine": "packed"}, unmixed=True),
+    "packed-no-bank": Peer("ours", "packed, without a bank of experts", {"engine": "packed", "bank": False}),
+    "packed-merged": Peer(
+        "ours",
+        "packed, all rows by one merged expert",
+        {"engine": "packed", "merge": True},
+        takes_experts=True,
+        unmixed=True,
+    ),
     "vllm": Peer("vllm_offline", "vLLM's LLM, prefix caching on", interpreter="vllm"),
     "vllm-no-prefix": Peer("vllm_offline", "prefix caching off", {"prefix_caching": False}, interpreter="vllm"),
     "vllm-eager": Peer("vllm_offline", "prefix caching on, not compiled", {"compile": False}, interpreter="vllm"),
@@ -57,6 +76,7 @@ def environment_of(peer: Peer, interpreter: Path) -> dict[str, str]:
     left alone it keeps one core free for its scheduler, which on two cores would halve it.
     """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONUNBUFFERED": "1"}
+    environment.setdefault("EXPERT_CACHE_DIR", str((BUILD / "cache").absolute()))
     if peer.interpreter != "vllm":
         return environment
     environment |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}

@@ -11,7 +11,7 @@ from rich.table import Table
 from benchmarks.measure import Measurement
 from benchmarks.workloads import Workload
 
-BASELINES = ("thirty-lines", "vllm")
+BASELINES = ("thirty-lines", "vllm", "packed-merged")
 _MIB = 1 << 20
 
 
@@ -67,7 +67,7 @@ def print_table(workload: Workload, rows: Sequence[Mapping[str, Any]], about: st
         table.add_column(column, justify="right")
     for row in rows:
         if "error" in row:
-            table.add_row(row["peer"], "-", *[""] * 7)
+            table.add_row(row["peer"], "-", *[""] * (len(BASELINES) + 5))
             continue
         table.add_row(
             row["peer"],

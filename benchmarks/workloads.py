@@ -67,6 +67,11 @@ class Workload:
         """How many experts answer."""
         return len({row.expert for row in self.rows if row.expert is not None})
 
+    @property
+    def is_one_by_one(self) -> bool:
+        """Whether a row is handed in only after the answer to the one before: how long one prompt takes."""
+        return self.name in ONE_BY_ONE
+
     def write(self, path: Path) -> None:
         """Write it as JSON, for a peer in another process to read."""
         path.write_text(json.dumps(asdict(self)))
@@ -167,6 +172,12 @@ def short(draw: _Draw, rows: int | None = None) -> list[Row]:
     ]
 
 
+def single(draw: _Draw, rows: int | None = None) -> list[Row]:
+    """3 prompts of 300 tokens without anything in common, answered one after another with 64 tokens each."""
+    return [Row(f"{at}", draw.tokens(300), 64) for at in range(rows or 3)]
+
+
+ONE_BY_ONE = frozenset({"single"})
 WORKLOADS: dict[str, Callable[[_Draw, int | None], list[Row]]] = {
     "shared-schema": shared_schema,
     "shared-schema-long": shared_schema_long,
@@ -175,6 +186,7 @@ WORKLOADS: dict[str, Callable[[_Draw, int | None], list[Row]]] = {
     "mixed-experts-30": mixed_experts_30,
     "long-tail": long_tail,
     "short": short,
+    "single": single,
 }
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,8 +18,9 @@ def main(load: Callable[[dict[str, Any]], Run]) -> None:
     """Load an engine, warm it up, time it on the job's rows, and print the measurement as the last line.
 
     The job is a JSON file, the only argument: `model` (a directory), `dtype`, `options` of the peer, `experts`
-    (directories), `rows` and `warmup`, rows of the same kind with other tokens. A row is a
-    `benchmarks.workloads.Row` as a dictionary.
+    (PEFT folders, each with its package beside it), `rows`, `warmup`, rows of the same kind with other tokens, and
+    `one_by_one`, which hands in each row after the answer to the one before. A row is a `benchmarks.workloads.Row` as
+    a dictionary.
 
     Args:
         load: Takes the job and returns what answers rows.
@@ -30,12 +32,17 @@ def main(load: Callable[[dict[str, Any]], Run]) -> None:
     run(job["warmup"])
     all_before, own_before = cpu_seconds()
     started = time.perf_counter()
-    answers = run(job["rows"])
+    answers: Answers = {}
+    row_seconds: list[float] = []
+    for rows in [[row] for row in job["rows"]] if job["one_by_one"] else [job["rows"]]:
+        before_row = time.perf_counter()
+        answers |= run(rows)
+        row_seconds.append(time.perf_counter() - before_row)
     seconds = time.perf_counter() - started
     all_after, own_after = cpu_seconds()
     others = max(0.0, (all_after - all_before) - (own_after - own_before))
     measured = {
-        "seconds": seconds,
+        "seconds": statistics.median(row_seconds),
         "load_seconds": loaded - before,
         "warmup_seconds": started - loaded,
         "peak_bytes": peak_bytes(),

@@ -1,16 +1,23 @@
 """The benchmark's rows are what its docstrings say, its table is right, and the whole of it runs."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks import engine
+from benchmarks.experts import make_experts, package_of
+from benchmarks.floor import Floor
 from benchmarks.measure import Measurement, measure
 from benchmarks.models import SHAPES, make_model, num_parameters
 from benchmarks.registry import PEERS
 from benchmarks.report import rows_of
-from benchmarks.workloads import WORKLOADS, Workload, make_workload
+from benchmarks.workloads import WORKLOADS, Row, Workload, make_workload
+from pipeline.package import open_package
+
+Run = Callable[..., dict[str, Any]]
 
 
 def lengths(workload: Workload) -> list[tuple[int, int]]:
@@ -118,18 +125,91 @@ def test_parameters_are_those_of_the_model(tmp_path: Path) -> None:
     assert sum(num_parameters("tiny")) == sum(shape[0] * shape[1] for shape in matrices if len(shape) == 2)
 
 
-def test_peers_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of it: the program, two peers in their own processes, the table's numbers and the JSON."""
+@pytest.fixture
+def tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs the whole program on the tiny model in float32; its report."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # matrices this small only lose by sharing the work
+    monkeypatch.setenv("EXPERT_CACHE_DIR", str(tmp_path / "cache"))
     path = tmp_path / "out.json"
-    arguments = ["--model", "tiny", "--dtype", "float32", "--rows", "8", "--workload", "short", "--json", str(path)]
-    assert engine.main([*arguments, "--peers", "thirty-lines,sorted"]) == 0
-    report = json.loads(path.read_text())
+
+    def run(*arguments: str) -> dict[str, Any]:
+        assert engine.main(["--model", "tiny", "--dtype", "float32", "--json", str(path), *arguments]) == 0
+        report: dict[str, Any] = json.loads(path.read_text())
+        return report
+
+    return run
+
+
+def test_peers_on_a_tiny_model(tiny_run: Run) -> None:
+    """All of it: the program, the peers in their own processes, the table's numbers and the JSON."""
+    report = tiny_run("--rows", "8", "--workload", "short", "--peers", "thirty-lines,padded,packed")
     (workload,) = report["workloads"]
-    assert [row["peer"] for row in workload["peers"]] == ["thirty-lines", "sorted"]
+    assert [row["peer"] for row in workload["peers"]] == ["thirty-lines", "padded", "packed"]
     assert all(row["seconds"] > 0 and row["peak_mib"] > 50 for row in workload["peers"])
     assert all(row["same_answers"] == 1.0 for row in workload["peers"]), "float32: padding changes no answer"
+    assert all(row["seconds"] > workload["floor_seconds"] > 0 for row in workload["peers"])
     assert report["machine"]["cores"] >= 1
+    assert report["floor"]["flops_per_second"] > report["floor"]["bytes_per_second"] > 1e8
+
+
+def test_mixed_experts_answer_as_peft_merges_them(tiny_run: Run) -> None:
+    report = tiny_run("--rows", "9", "--workload", "mixed-experts-3", "--peers", "thirty-lines,packed,packed-merged")
+    (workload,) = report["workloads"]
+    _, packed, merged = workload["peers"]
+    assert packed["same_answers"] == 1.0, "a LoRA, a DoRA and another LoRA in one batch, in float32"
+    assert merged["same_answers"] < 1.0, "one expert answers all rows: the experts do not differ"
+    assert packed["times_packed-merged"] == pytest.approx(merged["seconds"] / packed["seconds"])
+
+
+def test_one_prompt_alone_and_a_change_of_expert(tiny_run: Run) -> None:
+    report = tiny_run("--single", "--swap")
+    (workload,) = report["workloads"]
+    assert [row["peer"] for row in workload["peers"]] == ["thirty-lines", "packed-no-bank", "packed"]
+    assert all(row["same_answers"] == 1.0 for row in workload["peers"])
+    assert all(run["output_tokens"] == 64 and run["prompt_tokens"] == 300 for run in workload["runs"])
+    swap = report["swap"]
+    assert 0 < swap["resident_load_ms"] < swap["cold_load_ms"]
+    assert swap["same_expert_request_ms"] > 0 < swap["unload_ms"]
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_an_expert_is_what_peft_reads(at: int, tmp_path: Path) -> None:
+    """Every tensor finds its place, and changes a weight by about a tenth."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base_path = make_model("tiny", tmp_path)
+    expert = make_experts(base_path, 2)[at]
+    base = AutoModelForCausalLM.from_pretrained(base_path, dtype=torch.float32)
+    plain = {name: value.clone() for name, value in base.named_parameters()}
+    adapted = PeftModel.from_pretrained(base, expert)
+    result = adapted.load_adapter(expert, "again")
+    assert not result.missing_keys
+    assert not result.unexpected_keys
+    adapted.delete_adapter("again")
+    merged = dict(adapted.merge_and_unload().named_parameters())
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert open_package(package_of(expert)).adapter.kind == ("lora", "dora")[at]
+    assert 0.05 < (merged[name] - plain[name]).norm() / plain[name].norm() < 0.2
+
+
+def test_experts_are_made_once(tmp_path: Path) -> None:
+    base = make_model("tiny", tmp_path)
+    first, second = make_experts(base, 2)
+    before = (first / "adapter_model.safetensors").stat().st_mtime_ns
+    assert make_experts(base, 1) == [first]
+    assert (first / "adapter_model.safetensors").stat().st_mtime_ns == before
+    assert package_of(first).read_bytes() != package_of(second).read_bytes()
+
+
+def test_the_floor_counts_what_must_be_computed() -> None:
+    layers, head = num_parameters("tiny")
+    workload = Workload("two", 0, 100, (Row("0", (16, 17, 18), 5, 2), Row("1", (16, 17, 19), 3, 2)))
+    prompts, decoded = layers * 4 + head * 2, (layers + head) * 6
+    fast_memory, slow_memory = Floor(2.0, 1e9, 2), Floor(2.0, 0.5, 2)
+    assert fast_memory.seconds("tiny", workload) == pytest.approx(prompts + decoded)
+    assert slow_memory.seconds("tiny", workload) == pytest.approx(prompts + 4 * (layers + head) * 2 / 0.5)
 
 
 def test_a_peer_that_fails_says_why() -> None:
@@ -138,6 +218,13 @@ def test_a_peer_that_fails_says_why() -> None:
     failed = measure("thirty-lines", PEERS["thirty-lines"], workload, model=no_model, dtype="float32")
     assert failed.error is not None
     assert "no-such-model" in failed.error
+    mixed = make_workload("mixed-experts-3", rows=3, vocab_size=300)
+    refused = measure("padded", PEERS["padded"], mixed, model=no_model, dtype="float32")
+    assert refused.error is not None
+    assert "several experts" in refused.error
+    nothing = measure("packed-merged", PEERS["packed-merged"], workload, model=no_model, dtype="float32")
+    assert nothing.error is not None
+    assert "no experts" in nothing.error
     absent = measure("vllm", PEERS["vllm"], workload, model=no_model, dtype="float32")
     assert absent.error is not None
     assert "--peer vllm=" in absent.error

@@ -1,0 +1,96 @@
+"""What the machine itself allows: the rate of its matrix product, its memory bandwidth, and a workload's least time."""
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from benchmarks.models import num_parameters
+from benchmarks.workloads import Workload
+
+ROWS, COLUMNS = 3072, 1024  # of the matrices that are multiplied: the feed-forward ones of the 0.6B shape
+TOKENS = 512
+_COLD_BYTES = 512 << 20  # read in turn, so that no cache holds what comes next
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Rates of this machine, with all cores, in the weights' format that the engine computes in.
+
+    Args:
+        flops_per_second: Of products of weights and 512 tokens.
+        bytes_per_second: At which weights are read for one token.
+        bytes_per_parameter: Of that format.
+    """
+
+    flops_per_second: float
+    bytes_per_second: float
+    bytes_per_parameter: int
+
+    def seconds(self, model: str, workload: Workload) -> float:
+        """The least time that the weights' products of a workload take; attention and all else come on top.
+
+        Each distinct prompt token is computed once. Generated tokens take at least their products, and at least one
+        reading of all weights for each token of the longest answer. Rows answered one by one share nothing.
+
+        Args:
+            model: The model's shape, one of `SHAPES`.
+            workload: What is answered; one by one, the mean row counts.
+        """
+        layers, head = num_parameters(model)
+        num_rows = len(workload.rows)
+        decoded = workload.num_output_tokens - num_rows  # a row's first token comes from its prompt's last
+        prompts = 2 * (layers * workload.num_unique_prompt_tokens + head * num_rows) / self.flops_per_second
+        products = 2 * (layers + head) * decoded / self.flops_per_second
+        steps = decoded if workload.is_one_by_one else max(row.max_tokens for row in workload.rows) - 1
+        readings = steps * (layers + head) * self.bytes_per_parameter / self.bytes_per_second
+        return (prompts + max(products, readings)) / (num_rows if workload.is_one_by_one else 1)
+
+
+def measure_floor(dtype: str) -> Floor:
+    """Measure for about two seconds; the best of several runs counts.
+
+    Args:
+        dtype: `"bfloat16"` or `"float32"`.
+    """
+    import torch
+    from torch import nn
+
+    from pipeline.engine.linear import PackedLinear
+
+    kind: torch.dtype = getattr(torch, dtype)
+    number = _COLD_BYTES // (ROWS * COLUMNS * kind.itemsize)
+    linear = nn.Linear(COLUMNS, ROWS, bias=False, dtype=kind)
+    is_packed = kind == torch.bfloat16 and torch.backends.mkldnn.is_available()  # as the engine does it on a CPU
+
+    def layers(num_tokens: int, count: int) -> list[nn.Module]:
+        return [PackedLinear(linear, num_tokens) if is_packed else copy.deepcopy(linear) for _ in range(count)]
+
+    def multiply(modules: list[nn.Module], num_tokens: int) -> Callable[[], None]:
+        hidden = torch.randn(num_tokens, COLUMNS, dtype=kind)
+
+        def run() -> None:
+            for module in modules:
+                module(hidden)
+
+        return run
+
+    with torch.inference_mode():
+        many, one = layers(TOKENS, 8), layers(1, number)
+        product = _best_seconds(multiply(many, TOKENS))
+        reading = _best_seconds(multiply(one, 1))
+    return Floor(
+        flops_per_second=2 * ROWS * COLUMNS * TOKENS * len(many) / product,
+        bytes_per_second=ROWS * COLUMNS * kind.itemsize * len(one) / reading,
+        bytes_per_parameter=kind.itemsize,
+    )
+
+
+def _best_seconds(run: Callable[[], None]) -> float:
+    run()
+    best = float("inf")
+    for _ in range(5):
+        before = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - before)
+    return best
