@@ -46,7 +46,7 @@ ADAPTERS: dict[str, Any] = {
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen3": {},
     "llama": {"attention_bias": True},
-    "qwen2": {},
+    "qwen2": {"tie_word_embeddings": True},
     "mistral": {"sliding_window": None},
     "mistral windowed": {"sliding_window": 9},
     "gemma": {},
@@ -62,6 +62,7 @@ SHAPE = {
     "head_dim": 16,
     "max_position_embeddings": 512,
     "initializer_range": 0.4,
+    "tie_word_embeddings": False,  # a tied random model says its last token again and again
     "bos_token_id": None,
     "eos_token_id": 2,
     "pad_token_id": 0,

@@ -71,6 +71,7 @@ def load(base: Path) -> Iterator[Callable[..., PackedEngine]]:
         engine.close()
 
 
+@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")  # of PEFT's oracle
 @pytest.mark.parametrize("model_type", ["qwen3", "gemma", "gemma3_text"])  # Gemma scales embeddings, each its own way
 def test_an_answer_is_that_of_prompt_tuning(load: Callable[..., PackedEngine], model_type: str, tmp_path: Path) -> None:
     path = tiny.make_model(tmp_path, model_type)
