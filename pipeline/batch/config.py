@@ -138,7 +138,7 @@ class BatchConfig(BaseModel):
     engine: Literal["packed", "padded"] = Field(
         "packed", description="What computes: packed is fast; padded runs models that packed refuses."
     )
-    batch_size: int = Field(64, ge=1, description="At most this many sequences are answered together.")
+    batch_size: int = Field(128, ge=1, description="At most this many sequences are answered together.")
     max_batch_tokens: int | None = Field(
         None,
         ge=1,

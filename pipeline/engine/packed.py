@@ -172,7 +172,7 @@ class PackedEngine:
         tokenizer: Any,
         *,
         bank: AdapterBank | None = None,
-        batch_size: int = 64,
+        batch_size: int = 128,
         max_batch_tokens: int = 1024,
         kv_cache_bytes: int | None = None,
     ) -> None:

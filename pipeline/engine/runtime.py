@@ -45,7 +45,7 @@ def load_expert(
     engine: EngineName = "packed",
     device: str | None = None,
     dtype: str | None = None,
-    batch_size: int = 64,
+    batch_size: int = 128,
     max_batch_tokens: int | None = None,
     kv_cache_bytes: int | None = None,
     options: Mapping[str, Any] | None = None,
@@ -109,7 +109,7 @@ def load_experts(
     *,
     device: str | None = None,
     dtype: str | None = None,
-    batch_size: int = 64,
+    batch_size: int = 128,
     max_batch_tokens: int | None = None,
     kv_cache_bytes: int | None = None,
 ) -> LoadedExperts:
@@ -158,7 +158,7 @@ def load_engine(
     engine: EngineName = "packed",
     device: str | None = None,
     dtype: str | None = None,
-    batch_size: int = 64,
+    batch_size: int = 128,
     max_batch_tokens: int | None = None,
     kv_cache_bytes: int | None = None,
 ) -> PackedEngine | PaddedEngine:

@@ -67,7 +67,7 @@ def test_defaults() -> None:
         "seed": 0,
         "shard_rows": 256,
         "engine": "packed",
-        "batch_size": 64,
+        "batch_size": 128,
         "progress_seconds": 5.0,
     }
     assert config.columns == ColumnsConfig()
