@@ -1,7 +1,6 @@
 """Random experts over a benchmark model, as PEFT folders and as `.expert` packages."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +78,7 @@ def _make(at: int, model: Path, recipe: str, folder: Path) -> Path:
     return expert
 
 
-def _weights(at: int, model: Path, rank: int, use_dora: bool) -> Mapping[str, Any]:
+def _weights(at: int, model: Path, rank: int, use_dora: bool) -> dict[str, Any]:
     """The tensors of an adapter under PEFT's names, in float32 as PEFT trains them."""
     import torch
     from safetensors import safe_open

@@ -8,6 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ def measure_swap(job: dict[str, Any]) -> dict[str, float]:
     bank = engine.bank
     packages = [open_package(Path(f"{path}.expert")) for path in job["experts"]]
     names = [package.manifest.name for package in packages]
-    cold = [_ms(lambda pair=pair: bank.load(*pair)) for pair in zip(names, packages, strict=True)]
-    resident = [_ms(lambda pair=pair: bank.load(*pair)) for pair in zip(names, packages, strict=True)]
+    cold = [_ms(partial(bank.load, *pair)) for pair in zip(names, packages, strict=True)]
+    resident = [_ms(partial(bank.load, *pair)) for pair in zip(names, packages, strict=True)]
     prompt = job["rows"][0]["prompt"]
 
     def ask(name: str, at: int) -> None:
@@ -47,9 +48,9 @@ def measure_swap(job: dict[str, Any]) -> dict[str, float]:
     same, other = [], []
     for at in range(4, 4 + _REPEATS):
         ask(names[0], 4 * at)
-        same.append(_ms(lambda at=at: ask(names[0], 4 * at + 1)))
-        other.append(_ms(lambda at=at: ask(names[1], 4 * at + 2)))
-    unload = [_ms(lambda name=name: bank.unload(name)) for name in names]
+        same.append(_ms(partial(ask, names[0], 4 * at + 1)))
+        other.append(_ms(partial(ask, names[1], 4 * at + 2)))
+    unload = [_ms(partial(bank.unload, name)) for name in names]
     num_bytes = sum(Path(f"{path}.expert").stat().st_size for path in job["experts"])
     engine.close()
     return {
