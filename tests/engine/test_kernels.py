@@ -321,9 +321,10 @@ def test_wrong_arguments_are_refused() -> None:
 
 
 @pytest.fixture
-def first_time() -> Iterator[None]:
-    """As in a process that has not asked for kernels yet."""
+def first_time(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """As in a process that has not asked for kernels yet, and that shows warnings, whatever ran in it before."""
     cpu._library.cache_clear()
+    caplog.set_level("WARNING")
     yield
     cpu._library.cache_clear()
 
@@ -374,6 +375,7 @@ def test_switched_off_is_information_and_nonsense_is_an_error(
 
 def test_other_number_formats_have_no_kernels(caplog: pytest.LogCaptureFixture) -> None:
     cpu._warn_dtype.cache_clear()
+    caplog.set_level("WARNING")
     assert load_kernels(torch.float16) is None
     assert load_kernels(torch.float16) is None
     assert [record.levelname for record in caplog.records] == ["WARNING"]
