@@ -45,6 +45,7 @@ class SamplingColumnsConfig(BaseModel):
     json_schema: _Text | None = Field(None, description="Column with a JSON schema for the row's text, as JSON.")
     regex: _Text | None = Field(None, description="Column with a regular expression for the row's text.")
     truncate: _Text | None = Field(None, description="Column with the row's truncate.")
+    soft_prompt: _Text | None = Field(None, description="Column with the name of the row's soft prompt.")
 
 
 class SamplingConfig(BaseModel):
@@ -127,4 +128,7 @@ class SamplingConfig(BaseModel):
     truncate: Literal["left", "right"] | None = Field(
         None,
         description="Cut the oldest (left) or newest (right) tokens of a prompt that is too long; else it is an error.",
+    )
+    soft_prompt: _Text | None = Field(
+        None, description="Name of the package's soft prompt to put before every prompt; left out, its only one."
     )
