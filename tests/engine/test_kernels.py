@@ -321,9 +321,11 @@ def test_wrong_arguments_are_refused() -> None:
 
 
 @pytest.fixture
-def first_time(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+def first_time(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As in a process that has not asked for kernels yet, and that shows warnings, whatever ran in it before."""
     cpu._library.cache_clear()
+    cpu._warn_dtype.cache_clear()
+    monkeypatch.setattr(cpu.logger, "disabled", False)  # a library's logging configuration disables loggers that exist
     caplog.set_level("WARNING")
     yield
     cpu._library.cache_clear()
@@ -373,9 +375,8 @@ def test_switched_off_is_information_and_nonsense_is_an_error(
         load_kernels()
 
 
+@pytest.mark.usefixtures("first_time")
 def test_other_number_formats_have_no_kernels(caplog: pytest.LogCaptureFixture) -> None:
-    cpu._warn_dtype.cache_clear()
-    caplog.set_level("WARNING")
     assert load_kernels(torch.float16) is None
     assert load_kernels(torch.float16) is None
     assert [record.levelname for record in caplog.records] == ["WARNING"]
