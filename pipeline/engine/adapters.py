@@ -302,7 +302,7 @@ class AdapterBank:
                 module = self._module(path, delta)
                 touched.append(module)
                 module.install(name, delta)
-        except BaseException:
+        except BaseException:  # whatever stops it, Ctrl-C too, no half of an adapter stays; it is raised again
             for module in touched:
                 module.remove(name)
             raise

@@ -289,12 +289,11 @@ class PackedEngine:
         handle = Handle(request, self._ask_to_cancel)
         sequences: list[Sequence] = []
         try:
-            if request.grammar is not None:
-                self._grammars().compile(request.grammar)
             sequences = start(request, self._rules)
-            for sequence in sequences:
-                if request.grammar is not None:
-                    sequence.matcher = self._grammars().matcher(request.grammar, request.params)
+            if request.grammar is not None:
+                compiler = self._grammars()
+                for sequence in sequences:
+                    sequence.matcher = compiler.matcher(request.grammar, request.params)
         except ExpertError as error:
             failure = Failure(error.code, error.message)
             for index in range(request.params.n):

@@ -208,7 +208,7 @@ class Scheduler:
     def schedule(self) -> Step:
         """Decide the next step. What it computes counts as computed from now on."""
         step = Step()
-        planned: dict[Prefix, int] = {}
+        planned: set[Prefix] = set()
         budget = self.max_step_tokens
         while len(self.running) > self.max_running:  # the limit was lowered
             self._preempt(self.running[-1])
@@ -226,7 +226,7 @@ class Scheduler:
         step.freed = self.slots.take_freed()
         return step
 
-    def _plan(self, entry: Entry, budget: int, step: Step, planned: dict[Prefix, int]) -> int:
+    def _plan(self, entry: Entry, budget: int, step: Step, planned: set[Prefix]) -> int:
         """Plan the next tokens of a running sequence, of its prefix first; how many."""
         used = 0
         prefix = entry.prefix
@@ -234,7 +234,7 @@ class Scheduler:
             if prefix in planned:
                 return 0  # as much as fits this step is planned already
             used = min(prefix.length - prefix.num_computed, budget)
-            planned[prefix] = used
+            planned.add(prefix)
             step.chunks.append(Chunk(prefix, prefix.slot, prefix.num_computed, used, samples=False))
             prefix.num_computed += used
             if prefix.num_computed < prefix.length:
@@ -328,15 +328,15 @@ class Scheduler:
             entry.prefix.last_used = next(self._clock)
         entry.slot = entry.prefix = None
         entry.num_computed = 0
-        idle = [prefix for prefix in self._prefixes.values() if prefix.num_users == 0]
-        while sum(prefix.length for prefix in idle) > self._max_idle_tokens:
-            oldest = min(idle, key=lambda prefix: prefix.last_used)
-            idle.remove(oldest)
-            self._drop(oldest)
+        while sum(prefix.length for prefix in self._idle_prefixes()) > self._max_idle_tokens:
+            self._evict_prefix()
+
+    def _idle_prefixes(self) -> list[Prefix]:
+        return [prefix for prefix in self._prefixes.values() if prefix.num_users == 0]
 
     def _evict_prefix(self) -> bool:
         """Drop the prefix that nobody uses and nobody has used for the longest time; whether there was one."""
-        idle = [prefix for prefix in self._prefixes.values() if prefix.num_users == 0]
+        idle = self._idle_prefixes()
         if idle:
             self._drop(min(idle, key=lambda prefix: prefix.last_used))
         return bool(idle)

@@ -97,7 +97,7 @@ class StepEngine:
                 sequence.append(choice)
             advanced += chosen
         else:
-            self._runner.cache.free(step.freed)
+            self._runner.cache.free(step.freed)  # nothing was run, or it failed before it came to this
             advanced += self._lower_limits(step) if step.chunks else []
         for sequence in advanced:
             if sequence.is_finished:
@@ -119,7 +119,6 @@ class StepEngine:
         """Make steps smaller after one that did not fit; the sequence that does not even fit alone fails."""
         scheduler = self.scheduler
         scheduler.rerun(step.chunks)
-        self._runner.cache.free(step.freed)  # the step may have failed before it did
         self._runner.cache.clear()
         free_memory()
         if scheduler.max_running > 1 or scheduler.max_step_tokens > 1:
