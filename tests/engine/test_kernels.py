@@ -287,6 +287,50 @@ def test_silu_of_extremes() -> None:
     torch.testing.assert_close(found, torch.nn.functional.silu(gate), rtol=1e-5, atol=1e-30)
 
 
+@settings(max_examples=60)
+@given(
+    rows=st.sampled_from([0, 1, 2, 3, 4, 7, 8, 9, 11, 16, 21, 70]),
+    inputs=st.sampled_from([1, 31, 32, 33, 64, 257, 1024]),
+    outputs=st.sampled_from([1, 3, 4, 15, 16, 17, 37, 130]),
+    with_bias=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_linear_equals_the_plain_formula_and_keeps_each_rows_bits(
+    rows: int, inputs: int, outputs: int, with_bias: bool, seed: int
+) -> None:
+    ours = kernels(torch.bfloat16)
+    if not ours.has_linear:
+        pytest.skip("this CPU has no instructions for products of bfloat16")
+    random = torch.Generator().manual_seed(seed)
+    x, weight = (torch.randn(size, inputs, generator=random).bfloat16() for size in (rows, outputs))
+    bias = torch.randn(outputs, generator=random).bfloat16() if with_bias else None
+    found = ours.linear(x, weight, bias)
+    wanted = x.double() @ weight.double().T + (bias.double() if bias is not None else 0)
+    size = x.double().abs() @ weight.double().abs().T + 1
+    assert found.shape == (rows, outputs)
+    assert ((found.double() - wanted).abs() <= 2**-8 * wanted.abs() + 1e-5 * size).all()
+    alone = [ours.linear(x[row : row + 1], weight, bias) for row in range(rows)]
+    assert torch.equal(torch.cat([*alone, found[:0]]), found)
+
+
+def test_linear_takes_what_linear_layers_take_and_refuses_the_rest() -> None:
+    ours = kernels(torch.bfloat16)
+    if not ours.has_linear:
+        pytest.skip("this CPU has no instructions for products of bfloat16")
+    x, weight = torch.randn(2, 5, 64).bfloat16(), torch.randn(24, 64).bfloat16()
+    assert torch.equal(ours.linear(x.transpose(0, 1), weight), ours.linear(x, weight).transpose(0, 1))
+    for wrong in (x[..., :63], x.float(), x.to("meta")):
+        with pytest.raises(ValueError, match="x is"):
+            ours.linear(wrong, weight)
+    with pytest.raises(ValueError, match="weight is not contiguous"):
+        ours.linear(x[..., :24], weight.T)
+    with pytest.raises(ValueError, match="bias is"):
+        ours.linear(x, weight, torch.zeros(23, dtype=torch.bfloat16))
+    assert not kernels(torch.float32).has_linear
+    with pytest.raises(ValueError, match="no kernel"):
+        kernels(torch.float32).linear(x, weight)
+
+
 def test_wrong_arguments_are_refused() -> None:
     ours, batch = kernels(torch.float32), Batch.draw(Case(Shape(2, 2, 16), ((2, 0, 0), (3, 0, 0)), (10,), DTYPES[0]))
     plan = batch.plan()

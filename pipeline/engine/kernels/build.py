@@ -23,7 +23,7 @@ from pathlib import Path
 
 from pipeline.package.store import default_cache_dir
 
-SOURCES = ("cpu.c", "products.h", "vectors.h")
+SOURCES = ("cpu.c", "linear.h", "products.h", "vectors.h")
 FLAGS = (
     "-std=gnu11",
     "-O3",

@@ -1,4 +1,4 @@
-/* Kernels of the packed engine for the CPU: storing keys and values, attention, RMSNorm, rotary embedding, SiLU * up.
+/* Kernels of the packed engine for the CPU: keys and values, attention, linear layers, RMSNorm, rotary, SiLU * up.
  *
  * Plain C with vector extensions (GCC >= 10 or clang), for x86-64 and arm64, compiled where it runs by build.py.
  * Numbers are stored as float32 or bfloat16 and accumulated as float32. cpu.py checks every argument before a call;
@@ -6,6 +6,7 @@
  *
  * Every sum is taken in an order that depends on the row's own keys alone: a row's answer is the same bit for bit
  * whatever its neighbours, the number of threads or the block it falls into. So no -fassociative-math here. */
+#include "linear.h"
 #include "products.h"
 
 #ifdef _OPENMP
@@ -229,6 +230,26 @@ EXPORT void expert_store(const Plan *p, int64_t num_items, int64_t layer, const 
             memcpy((char *)p->own_v[i] + to + j * row, v + (token * v_token + head * v_head) * size, row);
         }
     }
+}
+
+/* ---- linear layers ----------------------------------------------------------------------------------------------- */
+
+EXPORT int64_t expert_has_linear(void) { return HAS_LINEAR; }
+
+/* bfloat16: rows x [rows, inputs] times weight [outputs, inputs], transposed, and a bias. */
+EXPORT void expert_linear(const uint16_t *x, int64_t x_stride, const uint16_t *weight, const uint16_t *bias,
+                          uint16_t *out, int64_t out_stride, int64_t rows, int64_t inputs, int64_t outputs,
+                          int threads) {
+#if HAS_LINEAR
+    const Linear call = {x, weight, bias, out, x_stride, out_stride, rows, inputs, outputs};
+    const int64_t blocks = rows > 0 ? (outputs + OUTPUTS - 1) / OUTPUTS : 0, share = blocks / (8 * threads);
+    const int64_t chunk = share > 1 ? share : 1; /* neighbours to one thread: the next block's weights are fetched */
+#pragma omp parallel for schedule(dynamic, chunk) num_threads(threads)
+    for (int64_t i = 0; i < blocks; i++) linear_block(&call, i * OUTPUTS);
+#else
+    (void)x, (void)x_stride, (void)weight, (void)bias, (void)out, (void)out_stride;
+    (void)rows, (void)inputs, (void)outputs, (void)threads;
+#endif
 }
 
 /* ---- element-wise ------------------------------------------------------------------------------------------------ */

@@ -4,6 +4,7 @@ import ctypes
 import functools
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,8 @@ _SIGNATURES = {
     "expert_rows": (_I, []),
     "expert_attention": (None, [_P, _I, _P, _I, _I, _P, _D, _I, _D, _INT, _INT]),
     "expert_store": (None, [_P, _I, _I, _P, _I, _I, _P, _I, _I, _INT, _INT]),
+    "expert_has_linear": (_I, []),
+    "expert_linear": (None, [_P, _I, _P, _P, _P, _I, _I, _I, _I, _INT]),
     "expert_rms_norm": (None, [_P, _I, _I, _P, _P, _I, _I, _I, _I, _I, _D, _INT, _INT, _INT]),
     "expert_rotary": (None, [_P, _I, _I, _P, _P, _P, _I, _I, _I, _I, _I, _I, _INT, _INT]),
     "expert_silu_mul": (None, [_P, _I, _P, _I, _P, _I, _I, _I, _INT, _INT]),
@@ -69,10 +72,12 @@ class Kernels:
             self._functions[name] = function
         self._attention = self._functions["expert_attention"]
         self._store = self._functions["expert_store"]
+        self._linear = self._functions["expert_linear"]
         self._rms_norm = self._functions["expert_rms_norm"]
         self._rotary = self._functions["expert_rotary"]
         self._silu_mul = self._functions["expert_silu_mul"]
         self._rows = int(self._functions["expert_rows"]())
+        self.has_linear = dtype == torch.bfloat16 and bool(self._functions["expert_has_linear"]())
 
     def prepare(self, plan: AttentionPlan, num_q_heads: int, num_kv_heads: int, head_dim: int) -> PreparedAttention:
         """Lay out a plan for `store` and `attention` of all layers of one step.
@@ -181,6 +186,34 @@ class Kernels:
         )
         return out
 
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows times a transposed weight; only where `has_linear` says so: bfloat16, with instructions for it.
+
+        Args:
+            x: [..., inputs]
+            weight: In the layout of `torch.nn.Linear`, contiguous. [outputs, inputs]
+            bias: Added before the sum is rounded. [outputs]
+
+        Returns:
+            [..., outputs]
+        """
+        outputs, inputs = weight.shape
+        x = x.contiguous()
+        if not self.has_linear:
+            raise ValueError("this machine has no kernel for linear layers")
+        self._check("x", x, (*x.shape[:-1], inputs))
+        self._check("weight", weight, (outputs, inputs))
+        if not weight.is_contiguous():
+            raise ValueError("weight is not contiguous")
+        if bias is not None:
+            self._check("bias", bias, (outputs,))
+        out = torch.empty((*x.shape[:-1], outputs), dtype=self.dtype)
+        self._linear(
+            *(x.data_ptr(), inputs, weight.data_ptr(), None if bias is None else bias.data_ptr()),
+            *(out.data_ptr(), outputs, x.numel() // max(inputs, 1), inputs, outputs, torch.get_num_threads()),
+        )
+        return out
+
     def rms_norm(
         self,
         x: torch.Tensor,
@@ -199,15 +232,21 @@ class Kernels:
             add_one: Gemma's form: multiplied by `1 + weight` before it is rounded, not by `weight` after.
             out: Where the result goes, `x` itself if wanted; new memory if None. The shape of `x`.
         """
-        out = torch.empty(x.shape, dtype=self.dtype) if out is None else out
-        self._check("weight", weight, (x.shape[-1],))
-        outer, inner, x_outer, x_inner = self._rows_of("x", x)
-        if out.shape != x.shape:
-            raise ValueError(f"out is {tuple(out.shape)}, x {tuple(x.shape)}")
-        _, _, out_outer, out_inner = self._rows_of("out", out)
+        dim = x.shape[-1]
+        self._check("weight", weight, (dim,))
+        if out is None and x.is_contiguous():  # as it mostly is
+            self._check("x", x, x.shape)
+            out = torch.empty(x.shape, dtype=self.dtype)
+            outer, inner, x_outer, x_inner, out_outer, out_inner = x.numel() // max(dim, 1), 1, dim, dim, dim, dim
+        else:
+            out = torch.empty(x.shape, dtype=self.dtype) if out is None else out
+            if out.shape != x.shape:
+                raise ValueError(f"out is {tuple(out.shape)}, x {tuple(x.shape)}")
+            outer, inner, x_outer, x_inner = self._rows_of("x", x)
+            _, _, out_outer, out_inner = self._rows_of("out", out)
         self._rms_norm(
             *(x.data_ptr(), x_outer, x_inner, weight.data_ptr(), out.data_ptr(), out_outer, out_inner),
-            *(outer, inner, x.shape[-1], eps, add_one, self._is_bfloat16, torch.get_num_threads()),
+            *(outer, inner, dim, eps, add_one, self._is_bfloat16, torch.get_num_threads()),
         )
         return out
 
@@ -263,7 +302,7 @@ class Kernels:
         )
         return out
 
-    def _check(self, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    def _check(self, name: str, tensor: torch.Tensor, shape: Sequence[int]) -> None:
         if tensor.shape != shape:
             raise ValueError(f"{name} is {tuple(tensor.shape)}, not {shape}")
         if tensor.dtype != self.dtype or not tensor.is_cpu:

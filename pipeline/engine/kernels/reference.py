@@ -1,4 +1,4 @@
-"""The kernels in plain torch: the oracle of the compiled ones, and what runs where those cannot."""
+"""The kernels in plain torch, one sequence after another: the oracle of the compiled ones and of batched attention."""
 
 import math
 from collections.abc import Sequence
