@@ -15,7 +15,7 @@ _COLD_BYTES = 512 << 20  # read in turn, so that no cache holds what comes next
 
 @dataclass(frozen=True)
 class Floor:
-    """Rates of this machine, with all cores, in the weights' format that the engine computes in.
+    """Rates of this machine, of its GPU or of all its cores, in the weights' format that the engine computes in.
 
     Args:
         flops_per_second: Of products of weights and 512 tokens.
@@ -60,28 +60,36 @@ def measure_floor(dtype: str) -> Floor:
 
     kind: torch.dtype = getattr(torch, dtype)
     number = _COLD_BYTES // (ROWS * COLUMNS * kind.itemsize)
-    linear = nn.Linear(COLUMNS, ROWS, bias=False, dtype=kind)
-    is_packed = kind == torch.bfloat16 and torch.backends.mkldnn.is_available()  # as the engine does it on a CPU
+    on_gpu = torch.cuda.is_available()
+    device = "cuda" if on_gpu else "cpu"
+    num_products = 64 if on_gpu else 8
+    linear = nn.Linear(COLUMNS, ROWS, bias=False, dtype=kind, device=device)
+    # As the engine does it on a CPU.
+    is_packed = not on_gpu and kind == torch.bfloat16 and torch.backends.mkldnn.is_available()
 
     def layers(num_tokens: int, count: int) -> list[nn.Module]:
+        if on_gpu:  # as one: launching so many would take longer than computing them
+            return [nn.Linear(COLUMNS, ROWS * count, bias=False, dtype=kind, device=device)]
         return [PackedLinear(linear, num_tokens) if is_packed else copy.deepcopy(linear) for _ in range(count)]
 
     def multiply(modules: list[nn.Module], num_tokens: int) -> Callable[[], None]:
-        hidden = torch.randn(num_tokens, COLUMNS, dtype=kind)
+        hidden = torch.randn(num_tokens, COLUMNS, dtype=kind, device=device)
 
         def run() -> None:
             for module in modules:
                 module(hidden)
+            if on_gpu:
+                torch.cuda.synchronize()
 
         return run
 
     with torch.inference_mode():
-        many, one = layers(TOKENS, 8), layers(1, number)
+        many, one = layers(TOKENS, num_products), layers(1, number)
         product = _best_seconds(multiply(many, TOKENS))
         reading = _best_seconds(multiply(one, 1))
     return Floor(
-        flops_per_second=2 * ROWS * COLUMNS * TOKENS * len(many) / product,
-        bytes_per_second=ROWS * COLUMNS * kind.itemsize * len(one) / reading,
+        flops_per_second=2 * ROWS * COLUMNS * TOKENS * num_products / product,
+        bytes_per_second=ROWS * COLUMNS * kind.itemsize * number / reading,
         bytes_per_parameter=kind.itemsize,
     )
 

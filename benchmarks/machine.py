@@ -13,7 +13,7 @@ _OURS = ("torch", "transformers", "peft")
 
 
 def describe(interpreters: Mapping[str, Path] | None = None) -> dict[str, Any]:
-    """The processor, memory, versions and commit, as plain values.
+    """The processor, the GPU if there is one, memory, versions and commit, as plain values.
 
     Args:
         interpreters: Pythons by name; for each, the versions of the libraries that it measures with.
@@ -27,6 +27,7 @@ def describe(interpreters: Mapping[str, Path] | None = None) -> dict[str, Any]:
         "cpu": info.get("model name", platform.processor() or platform.machine()),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "flags": [flag for flag in _FLAGS if flag in flags],
+        "gpu": _gpu(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30), 1),
         "load_average": os.getloadavg()[0],
         "system": platform.system(),
@@ -41,7 +42,18 @@ def one_line(machine: Mapping[str, Any]) -> str:
     """The machine in one line, for a table's title."""
     flags = ", ".join(machine["flags"])
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
-    return f"{machine['cpu']}, {machine['cores']} cores ({flags}), {machine['memory_gib']} GiB; {versions}"
+    gpu = f"{machine['gpu']}; " if machine["gpu"] else ""
+    return f"{gpu}{machine['cpu']}, {machine['cores']} cores ({flags}), {machine['memory_gib']} GiB; {versions}"
+
+
+def _gpu() -> str | None:
+    """The name and the memory of the first GPU, which the engines take."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    device = torch.cuda.get_device_properties(0)
+    return f"{device.name}, {device.total_memory / (1 << 30):.0f} GiB, CUDA {torch.version.cuda}"
 
 
 def _cpu_info() -> dict[str, str]:

@@ -15,12 +15,22 @@
     │   ├── InvalidRequestError         the prompt or an option has a wrong type or value
     │   ├── PromptTooLongError          the prompt does not fit the model's context
     │   ├── GrammarError                a grammar is wrong, or cannot be honoured
-    │   └── OutOfMemoryError            the device has too little memory
-    └── BatchError                      a batch job cannot run or did not finish
-        ├── DatasetError                the dataset cannot be found or read
-        ├── OutputError                 the output cannot be written
-        │   └── FingerprintError        the output belongs to a job with another configuration
-        └── JobFailedError              workers failed; what is committed stays
+    │   ├── OutOfMemoryError            the device has too little memory
+    │   └── DeadlineError               the answer was not finished in time
+    ├── BatchError                      a batch job cannot run or did not finish
+    │   ├── DatasetError                the dataset cannot be found or read
+    │   ├── OutputError                 the output cannot be written
+    │   │   └── FingerprintError        the output belongs to a job with another configuration
+    │   └── JobFailedError              workers failed; what is committed stays
+    └── ServeError                      an online request is refused, or its answer is lost
+        ├── AuthenticationError         no API key, or one that is not known
+        ├── UnknownRouteError           nothing is served there, or not to that method
+        ├── UnknownModelError           no expert of that name is served
+        ├── BodyTooLargeError           the body of a request is too large
+        ├── SlowClientError             a client sends its request, or takes its answer, too slowly
+        ├── TooManyRequestsError        a client has too many requests running
+        ├── OverloadedError             the service has too many requests waiting
+        └── ReplicaLostError            the process that was answering has died
 
 Each says what is wrong, where (`details`, one place a line) and what to do next (`hint`), and carries a stable `code`
 for programs: the same code stands in a batch row's `error` and in an online response.
@@ -149,6 +159,12 @@ class OutOfMemoryError(InferenceError):
     code = "out_of_memory"
 
 
+class DeadlineError(InferenceError):
+    """The answer was not finished in time."""
+
+    code = "deadline_exceeded"
+
+
 class BatchError(ExpertError):
     """A batch job cannot run or did not finish."""
 
@@ -177,3 +193,57 @@ class JobFailedError(BatchError):
     """Workers failed; what is committed stays, and the same command continues."""
 
     code = "job_failed"
+
+
+class ServeError(ExpertError):
+    """An online request is refused, or its answer is lost."""
+
+    code = "serve_failed"
+
+
+class AuthenticationError(ServeError):
+    """No API key is given, or one that is not known."""
+
+    code = "invalid_api_key"
+
+
+class UnknownRouteError(ServeError):
+    """Nothing is served under that path, or not to that method."""
+
+    code = "unknown_route"
+
+
+class UnknownModelError(ServeError):
+    """No expert of that name is served."""
+
+    code = "model_not_found"
+
+
+class BodyTooLargeError(ServeError):
+    """The body of a request is too large."""
+
+    code = "body_too_large"
+
+
+class SlowClientError(ServeError):
+    """A client sends its request, or takes its answer, too slowly."""
+
+    code = "slow_client"
+
+
+class TooManyRequestsError(ServeError):
+    """A client has too many requests running and waiting."""
+
+    code = "too_many_requests"
+
+
+class OverloadedError(ServeError):
+    """The service has too many requests running and waiting."""
+
+    code = "overloaded"
+
+
+class ReplicaLostError(ServeError):
+    """The process that was answering has died."""
+
+    code = "replica_lost"

@@ -86,12 +86,14 @@ class Expert:
         *,
         device: str | None,
         dtype: str | None,
+        quantization: str | None = None,
         engine: "EngineName" = "packed",
     ) -> None:
         self.package = package
         self._base_path = base_path
         self._device = device
         self._dtype = dtype
+        self._quantization = quantization
         self._engine: EngineName = engine
         self._loaded: LoadedExpert | None = None
         self._is_closed = False
@@ -104,6 +106,7 @@ class Expert:
         *,
         device: str | None = None,
         dtype: str | None = None,
+        quantization: str | None = None,
         engine: "EngineName" = "packed",
         cache_dir: str | os.PathLike[str] | None = None,
         base_model: str | os.PathLike[str] | None = None,
@@ -115,6 +118,7 @@ class Expert:
             path: A `.expert` file, an unpacked directory, or any fsspec URL of a file (`s3://`, `gs://`, `https://`).
             device: `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`, or None for the best there is.
             dtype: `"float32"`, `"bfloat16"`, `"float16"`, or None to choose by device and checkpoint.
+            quantization: `"int8"` or `"int4"` for weights of 8 or 4 bits, or None; see `pipeline.engine.quantization`.
             engine: `"packed"`; or `"padded"`, slower, for a base model that the packed engine refuses.
             cache_dir: Where packages are unpacked; `$EXPERT_CACHE_DIR` or `~/.cache/expert` if None.
             base_model: The base model's directory or Hugging Face id; found by the manifest's name if None.
@@ -125,7 +129,7 @@ class Expert:
         """
         package = open_package(path, cache_dir=None if cache_dir is None else Path(cache_dir))
         base_path = resolve_base_model(package.base, base_model=base_model, models=models, package=package.label)
-        return cls(package, base_path, device=device, dtype=dtype, engine=engine)
+        return cls(package, base_path, device=device, dtype=dtype, quantization=quantization, engine=engine)
 
     def generate(
         self,
@@ -273,7 +277,12 @@ class Expert:
             from pipeline.engine.runtime import load_expert
 
             self._loaded = load_expert(
-                self.package, self._base_path, engine=self._engine, device=self._device, dtype=self._dtype
+                self.package,
+                self._base_path,
+                engine=self._engine,
+                device=self._device,
+                dtype=self._dtype,
+                quantization=self._quantization,
             )
         return self._loaded
 

@@ -1,7 +1,8 @@
 """This project's engines, through the seam that everything else uses.
 
 Options: `engine` (`packed` or `padded`); `hint`, the prefix length told instead of the true one; `merge`, which merges
-the only expert into the model instead of holding it beside others; `bank`, false for an engine that can hold none.
+the only expert into the model instead of holding it beside others; `bank`, false for an engine that can hold none;
+`quantization`, of the weights.
 """
 
 from collections.abc import Sequence
@@ -20,13 +21,16 @@ def load(job: dict[str, Any]) -> Run:
     """The engine with all the job's experts."""
     options = job["options"]
     base = Path(job["model"])
+    quantization = options.get("quantization")
     packages = {f"expert-{at}": open_package(Path(f"{path}.expert")) for at, path in enumerate(job["experts"])}
     engine: Engine
     if options.get("merge"):
         (package,) = packages.values()
-        engine = load_expert(package, base, engine=options["engine"], dtype=job["dtype"]).engine
+        engine = load_expert(
+            package, base, engine=options["engine"], dtype=job["dtype"], quantization=quantization
+        ).engine
     elif options.get("bank", True):
-        engine = load_engine(base, packages, engine=options["engine"], dtype=job["dtype"])
+        engine = load_engine(base, packages, engine=options["engine"], dtype=job["dtype"], quantization=quantization)
     else:
         engine = PackedEngine(load_base_model(base, dtype=job["dtype"]), load_tokenizer(None, base))
     hint = options.get("hint")

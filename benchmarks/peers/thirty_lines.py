@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.peers.work import Answers, Run, main
 
 BATCH_SIZE = 16
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load(job: dict[str, Any]) -> Run:
@@ -38,7 +39,7 @@ def load_model(job: dict[str, Any], expert: int | None = None) -> Any:
     model: Any = AutoModelForCausalLM.from_pretrained(job["model"], dtype=getattr(torch, job["dtype"]))
     if expert is not None:
         model = PeftModel.from_pretrained(model, job["experts"][expert]).merge_and_unload()
-    return model.eval()
+    return model.eval().to(DEVICE)
 
 
 def answer_batch(model: Any, batch: Sequence[dict[str, Any]]) -> Answers:
@@ -49,8 +50,8 @@ def answer_batch(model: Any, batch: Sequence[dict[str, Any]]) -> Answers:
     mask = torch.tensor([[0] * num + [1] * (longest - num) for num in pad])
     with torch.inference_mode():
         output = model.generate(
-            input_ids=input_ids,  # [rows, longest]
-            attention_mask=mask,
+            input_ids=input_ids.to(DEVICE),  # [rows, longest]
+            attention_mask=mask.to(DEVICE),
             max_new_tokens=max(row["max_tokens"] for row in batch),
             do_sample=False,
         )

@@ -18,7 +18,8 @@ MAX_BATCH_TOKENS = 1024
 
 def load(job: dict[str, Any]) -> Run:
     """The model, with a cache that holds 64 of the longest rows at once: on a CPU nothing is inferred."""
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=getattr(torch, job["dtype"])).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=getattr(torch, job["dtype"])).eval().to(device)
     longest = max(len(row["prompt"]) + row["max_tokens"] for row in [*job["rows"], *job["warmup"]])
     page_size = 64
     config = ContinuousBatchingConfig(

@@ -4,18 +4,14 @@ import logging
 import os
 import re
 import socket
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
 import ray.data  # sets up its own logging when imported
 
+from pipeline.cluster import OWN_NAMESPACE, native_output_dropped, silence, start_local
 from pipeline.errors import BatchError
 
-OWN_NAMESPACE = "expert-pipeline"
-STDERR = 2
 CONNECT_SECONDS = 2.0
 _HOST_AND_PORT = re.compile(r"[^/]+:\d{1,5}")
 
@@ -48,7 +44,7 @@ def connect(address: str | None = None) -> Cluster:
     if not ray.is_initialized():
         wanted = address or os.environ.get("RAY_ADDRESS") or _started_by_ray_start()
         if wanted in (None, "local"):
-            _start_local()
+            start_local()
         else:
             _join(wanted)
     resources = ray.cluster_resources()
@@ -61,7 +57,7 @@ def _join(address: str) -> None:
     if _HOST_AND_PORT.fullmatch(address) and not _listens(address):
         raise _no_cluster(address, "nothing listens there")
     try:
-        with _native_output_dropped():
+        with native_output_dropped():
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
         why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
@@ -86,20 +82,6 @@ def _listens(address: str) -> bool:
     return True
 
 
-def _start_local() -> None:
-    # Ray would report its use to its makers; a batch job on a closed network must not try.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    with _native_output_dropped(), _loopback_only():
-        ray.init(
-            address="local",
-            namespace=OWN_NAMESPACE,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _node_ip_address="127.0.0.1",
-        )
-
-
 def _started_by_ray_start() -> str | None:
     """The address that `ray start` wrote down on this machine, if something still listens there.
 
@@ -111,48 +93,9 @@ def _started_by_ray_start() -> str | None:
     return address if _HOST_AND_PORT.fullmatch(address) and _listens(address) else None
 
 
-@contextmanager
-def _loopback_only() -> Iterator[None]:
-    """Clusters started in here listen on loopback.
-
-    On Linux Ray turns 127.0.0.1 into the machine's own address, and then listens on every interface, unless it is told
-    that this is a platform for one machine only.
-    """
-    from ray._private import ray_constants
-
-    name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
-    kept = os.environ.get(name)
-    os.environ[name] = "0"  # for the processes it starts
-    ray_constants.ENABLE_RAY_CLUSTER = False  # for this one, which read it when Ray was imported
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
-        if kept is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = kept
-
-
-@contextmanager
-def _native_output_dropped() -> Iterator[None]:
-    """Ray's core says on standard error, past Python, how it will log: `ray.init` goes without standard error."""
-    sys.stderr.flush()
-    kept = os.dup(STDERR)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, STDERR)
-        yield
-    finally:
-        os.dup2(kept, STDERR)
-        os.close(kept)
-        os.close(nowhere)
-
-
 def _silence() -> None:
     """A job has one progress line of its own; what Ray has to say of a failure comes back as the job's error."""
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    logging.getLogger("ray").setLevel(logging.ERROR)
+    silence()
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
             handler.setLevel(logging.CRITICAL)

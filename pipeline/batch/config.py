@@ -1,47 +1,21 @@
 """The validated job description: everything a batch job is told, checked once, before anything starts."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
-from pipeline.batch.config_problems import nearest, printable, problems_of
 from pipeline.batch.sampling_config import SamplingColumnsConfig, SamplingConfig
+from pipeline.config_fields import STRICT, DtypeName, PathText, RayQuantity, Text, path_text, section
+from pipeline.config_problems import nearest, printable, problems_of
 from pipeline.errors import ConfigError, DatasetError
 
 MAX_SEED = (1 << 64) - 1
 
 
-def _path_text(value: Any) -> Any:
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-
 def _path_texts(value: Any) -> Any:
-    return [_path_text(item) for item in value] if isinstance(value, list | tuple) else _path_text(value)
-
-
-def _section(value: Any) -> Any:
-    """A section whose keys are all commented out reads as null."""
-    return {} if value is None else value
-
-
-def _ray_quantity(value: float) -> float:
-    if value > 1 and value != int(value):
-        raise PydanticCustomError("ray_quantity", "Ray shares out a resource below 1 in fractions, above it whole")
-    return value
-
-
-_Text = Annotated[str, Field(min_length=1)]
-_PathText = Annotated[_Text, BeforeValidator(_path_text)]
-_RayQuantity = Annotated[
-    float,
-    Field(ge=0, allow_inf_nan=False, json_schema_extra={"expected": "a number from 0 to 1, or a whole number"}),
-    AfterValidator(_ray_quantity),
-]
-_MODE = ConfigDict(frozen=True, extra="forbid", strict=True)
+    return [path_text(item) for item in value] if isinstance(value, list | tuple) else path_text(value)
 
 
 class ColumnsConfig(BaseModel):
@@ -50,24 +24,24 @@ class ColumnsConfig(BaseModel):
     A role that is left out takes the column of its own name, when the dataset has one.
     """
 
-    model_config = _MODE
+    model_config = STRICT
 
-    prompt: _Text | None = Field(None, description="Column with the prompt, a string.")
-    messages: _Text | None = Field(
+    prompt: Text | None = Field(None, description="Column with the prompt, a string.")
+    messages: Text | None = Field(
         None, description="Column with a chat: a list of {role, content}, or that list as JSON."
     )
-    id: _Text | None = Field(
+    id: Text | None = Field(
         None, description="Column with the row's identity; without it, the row's place in the dataset."
     )
-    schema_: _Text | None = Field(
+    schema_: Text | None = Field(
         None, alias="schema", description="Column with a database schema for the system message."
     )
-    system: _Text | None = Field(None, description="Column with the system message.")
-    dialect: _Text | None = Field(
+    system: Text | None = Field(None, description="Column with the system message.")
+    dialect: Text | None = Field(
         None, description="Column with the dialect that goes with the schema, such as postgres."
     )
-    expected: _Text | None = Field(None, description="Column with the right answer, to be compared with the given one.")
-    sampling: Annotated[SamplingColumnsConfig, BeforeValidator(_section)] = Field(
+    expected: Text | None = Field(None, description="Column with the right answer, to be compared with the given one.")
+    sampling: Annotated[SamplingColumnsConfig, BeforeValidator(section)] = Field(
         default_factory=SamplingColumnsConfig, description="Columns with a row's own sampling options."
     )
 
@@ -79,26 +53,26 @@ class BatchConfig(BaseModel):
     pydantic's own error.
     """
 
-    model_config = _MODE
+    model_config = STRICT
 
-    dataset: _PathText | Annotated[list[_PathText], Field(min_length=1), BeforeValidator(_path_texts)] = Field(
+    dataset: PathText | Annotated[list[PathText], Field(min_length=1), BeforeValidator(_path_texts)] = Field(
         description="Path, glob pattern or URL of the input files, or a list of them.",
         json_schema_extra={"expected": "a path, glob pattern or URL, or a list of them"},
     )
     format: Literal["parquet", "jsonl", "csv"] | None = Field(
         None, description="Format of the input files; left out, their file names tell."
     )
-    expert: _PathText = Field(
+    expert: PathText = Field(
         description="Path or URL of the expert package.", json_schema_extra={"expected": "a path or URL of a package"}
     )
-    base_model: _PathText | None = Field(
+    base_model: PathText | None = Field(
         None, description="Path or Hugging Face id of the base model; left out, the package's manifest names it."
     )
-    models: Annotated[dict[str, _PathText], BeforeValidator(_section)] = Field(
+    models: Annotated[dict[str, PathText], BeforeValidator(section)] = Field(
         default_factory=dict,
         description="Where base models are: from the name in a manifest to a path or Hugging Face id.",
     )
-    output: _PathText = Field(
+    output: PathText = Field(
         description="Folder or URL that receives the answers.", json_schema_extra={"expected": "a folder or URL"}
     )
     output_format: Literal["parquet", "jsonl"] | None = Field(
@@ -113,10 +87,10 @@ class BatchConfig(BaseModel):
             "expected": "a string of at most 100 letters, digits, '.', '_' and '-', the first no '.' or '-'"
         },
     )
-    columns: Annotated[ColumnsConfig, BeforeValidator(_section)] = Field(
+    columns: Annotated[ColumnsConfig, BeforeValidator(section)] = Field(
         default_factory=ColumnsConfig, description="Which column of the dataset plays which role."
     )
-    sampling: Annotated[SamplingConfig, BeforeValidator(_section)] = Field(
+    sampling: Annotated[SamplingConfig, BeforeValidator(section)] = Field(
         default_factory=SamplingConfig, description="How tokens are chosen; what is left out, the package decides."
     )
     seed: int = Field(
@@ -128,11 +102,11 @@ class BatchConfig(BaseModel):
     num_workers: int | None = Field(
         None, ge=1, description="Workers; left out, one for each GPU of the cluster, or one where there is none."
     )
-    num_gpus: _RayQuantity | None = Field(
+    num_gpus: RayQuantity | None = Field(
         None,
         description="GPUs of each worker, a fraction to share one; left out, 1 where the cluster has GPUs, else 0.",
     )
-    num_cpus: _RayQuantity | None = Field(
+    num_cpus: RayQuantity | None = Field(
         None, description="CPU cores reserved for each worker; left out, Ray's own default."
     )
     engine: Literal["packed", "padded"] = Field(
@@ -147,21 +121,22 @@ class BatchConfig(BaseModel):
     kv_cache_bytes: int | None = Field(
         None, ge=1, description="Memory for keys and values (packed); left out, what the device has to spare."
     )
-    device: _Text | None = Field(
+    device: Text | None = Field(
         None, description="Device of each worker, such as cuda or cpu; left out, the best there is."
     )
-    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
-        None, description="Number format of the weights; left out, what suits the device."
+    dtype: DtypeName | None = Field(None, description="Number format of the weights; left out, what suits the device.")
+    quantization: Literal["int8", "int4", "none"] = Field(
+        "none", description="Weights of the linear layers in 8 or 4 bits: less memory; answers may differ a little."
     )
-    cache_dir: _PathText | None = Field(
+    cache_dir: PathText | None = Field(
         None,
         description="Folder on each machine for unpacked packages and downloads; left out, the user's cache folder.",
     )
-    storage_options: Annotated[dict[str, Any], BeforeValidator(_section)] = Field(
+    storage_options: Annotated[dict[str, Any], BeforeValidator(section)] = Field(
         default_factory=dict,
         description="Options of the storage (fsspec), such as an endpoint. Not for secrets: the environment is.",
     )
-    ray_address: _Text | None = Field(
+    ray_address: Text | None = Field(
         None,
         description="Ray cluster to join; left out, that of RAY_ADDRESS or a running one, else one is started here.",
     )

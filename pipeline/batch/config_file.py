@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.batch.config import BatchConfig
-from pipeline.batch.config_problems import KeyPath, Problem, dotted, printable, problems_of, shortened
+from pipeline.config_problems import KeyPath, Problem, dotted, printable, problems_of, shortened
 from pipeline.errors import ConfigError
 
 MAX_FILE_BYTES = 64 * 1024

@@ -157,6 +157,7 @@ def _worker_job(job: PreparedJob, workers: Workers) -> WorkerJob:
         cache_dir=config.cache_dir,
         device=config.device,
         dtype=config.dtype,
+        quantization=config.quantization,
         num_threads=workers.num_threads,
         engine=config.engine,
         batch_size=config.batch_size,

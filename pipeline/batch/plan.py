@@ -21,7 +21,7 @@ from pipeline.engine.types import Grammar
 from pipeline.errors import ConfigError
 from pipeline.package import ExpertPackage, model_digest, open_package, resolve_base_model
 
-FINGERPRINT_VERSION = 2
+FINGERPRINT_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,7 @@ def job_fingerprint(
         "base_model_sha256": model_digest(base_path),
         "engine": config.engine,
         "dtype": config.dtype or "auto",
+        "quantization": config.quantization,
         "columns": {role: name for role, name in asdict(columns).items() if name and role != "expected"},
         "sampling": dict(options),
         "seed": config.seed,

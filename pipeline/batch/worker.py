@@ -34,6 +34,7 @@ class WorkerJob:
     cache_dir: str | None
     device: str | None
     dtype: str | None
+    quantization: str
     num_threads: int | None
     engine: "EngineName"
     batch_size: int
@@ -135,6 +136,7 @@ def _load(job: WorkerJob) -> "LoadedExpert":
         Path(job.base_path),
         device=job.device,
         dtype=job.dtype,
+        quantization=job.quantization,
         engine=job.engine,
         batch_size=job.batch_size,
         max_batch_tokens=job.max_batch_tokens,

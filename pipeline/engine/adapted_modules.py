@@ -43,7 +43,7 @@ class VectorStack:
         self, values: torch.Tensor, step: StepRows, combine_: Callable[[torch.Tensor, torch.Tensor], Any]
     ) -> None:
         """Combine each row of `values`, `[num_rows, num_features]`, with its expert's vector in place."""
-        if step.experts.isdisjoint(self.slots):
+        if not step.concerns(self.slots):
             return
         if step.is_by_row:
             combine_(values, self.data.index_select(0, step.index(self.slots)))
@@ -113,7 +113,7 @@ class LowRankStack:
             rows: `[num_rows, in_features]`.
             step: Whose the rows are.
         """
-        if step.experts.isdisjoint(self.slots):
+        if not step.concerns(self.slots):
             return
         if step.is_wide:
             height = len(self.slots) * self.rank
@@ -176,7 +176,7 @@ class AdaptedModule(nn.Module):
                 f"the adapters were told of {step.num_rows} rows, and {num_rows} came",
                 hint="Call AdapterBank.begin before each forward, with the slices of that forward.",
             )
-        return None if step.experts.isdisjoint(experts) else step
+        return step if step.concerns(experts) else None
 
 
 class AdaptedLinear(AdaptedModule):
@@ -224,7 +224,7 @@ class AdaptedLinear(AdaptedModule):
         if step is None:
             return self.plain(hidden)  # type: ignore[no-any-return]
         scaled = rows
-        if parts.input_scale is not None and not step.experts.isdisjoint(parts.input_scale.slots):
+        if parts.input_scale is not None and step.concerns(parts.input_scale.slots):
             scaled = rows.clone()
             parts.input_scale.apply_(scaled, step, torch.Tensor.mul_)
         out: torch.Tensor = self.plain(scaled)  # [num_rows, out_features]
@@ -299,6 +299,11 @@ def num_bytes_held(delta: Delta) -> int:
         rank = delta.low_rank[0].shape[0]
         num_bytes += sum(matrix[0].nbytes for matrix in delta.low_rank) * (_slot_height(rank) - rank)
     return num_bytes
+
+
+def is_replayable(delta: Delta) -> bool:
+    """Whether a module applies a delta by the numbers of a step alone, as a recorded step needs it."""
+    return isinstance(delta, LinearDelta) and delta.own is None and delta.kronecker is None
 
 
 def _slot_height(rank: int) -> int:

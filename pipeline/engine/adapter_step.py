@@ -13,8 +13,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 
+from pipeline.engine.transfer import to_device
 from pipeline.errors import AdapterError
 
 Form = Literal["slices", "batch", "wide"]
@@ -29,7 +31,7 @@ _SLOT_COST = 0.12
 _PLACE_COST = 0.01
 _ROW_COST = 0.007  # of a slice
 _WIDE_ROWS = 512  # of a slice, on the average, up to which a GPU computes in the wide form
-_REPLAYED_ROWS = 512  # of a step that a CUDA graph may hold
+REPLAYED_ROWS = 512  # of a step that a CUDA graph may hold
 _SHORT_SLICE = 32  # rows, on the average, up to which a vector is picked for each row
 
 
@@ -85,6 +87,8 @@ class StepRows:
         device: Where the model is.
         form: The form of computing, or None to choose by cost.
         buffers: Where the wide form keeps its tensors from step to step, so that their addresses stay.
+        is_replayed: Compute the same operations whichever experts the rows have, if they have any: in the wide form,
+            by the numbers in the buffers alone. For rows of experts that `AdapterBank.is_replayable` allows.
 
     Raises:
         AdapterError: The slices are no partition.
@@ -97,6 +101,7 @@ class StepRows:
         *,
         form: Form | None = None,
         buffers: Buffers | None = None,
+        is_replayed: bool = False,
     ) -> None:
         stop = 0
         merged: list[tuple[int, int, str]] = []  # neighbours of one expert are one slice
@@ -117,11 +122,14 @@ class StepRows:
         self.num_rows = stop
         self.slices = tuple(merged)
         self.experts = frozenset(name for _, _, name in self.slices)
-        self.is_by_row = device.type == "cuda" or len(self.slices) * _SHORT_SLICE > self.num_rows
+        self._is_replayed = is_replayed
+        if is_replayed:
+            form = "wide"
+        self.is_by_row = is_replayed or device.type == "cuda" or len(self.slices) * _SHORT_SLICE > self.num_rows
         if form is None and device.type == "cuda":
             form = "wide" if self.num_rows <= _WIDE_ROWS * len(self.slices) else "slices"
         self._form = form
-        self._is_replayable = form == "wide" and self.num_rows <= _REPLAYED_ROWS
+        self._is_replayable = form == "wide" and self.num_rows <= REPLAYED_ROWS
         self._device = device
         self._buffers: Buffers = {} if buffers is None else buffers
         self._tensors: Buffers = {}
@@ -130,6 +138,10 @@ class StepRows:
         self._placed: dict[Slots, tuple[tuple[int, int, int], ...]] = {}
         for key in tuple(self._buffers) if self._is_replayable else ():
             self._tensor(key)  # a replayed CUDA graph runs no Python: what it reads must be there before
+
+    def concerns(self, experts: Iterable[str | None]) -> bool:
+        """Whether something must be computed for some of these experts."""
+        return bool(self.slices) and (self._is_replayed or not self.experts.isdisjoint(experts))
 
     @property
     def is_wide(self) -> bool:
@@ -168,10 +180,10 @@ class StepRows:
 
     def _values(self, key: Key) -> torch.Tensor:
         slots, rank, dtype = key
-        index = torch.zeros(self.num_rows, dtype=torch.long)
+        numbers = np.zeros(self.num_rows, np.int64)
         for start, stop, slot in self.placed(slots):
-            index[start:stop] = slot + 1
-        index = index.to(self._device, non_blocking=True)
+            numbers[start:stop] = slot + 1
+        (index,) = to_device([numbers], self._device)
         if not rank:
             return index
         owners = torch.arange(1, len(slots) + 1, device=self._device).repeat_interleave(rank)  # [len(slots) * rank]
@@ -182,7 +194,7 @@ class StepRows:
             return values
         if key not in self._buffers:
             with torch.inference_mode(False):  # else only inference mode could write to it again
-                self._buffers[key] = values.new_zeros((_REPLAYED_ROWS, *values.shape[1:]))
+                self._buffers[key] = values.new_zeros((REPLAYED_ROWS, *values.shape[1:]))
         return self._buffers[key][: self.num_rows].copy_(values)
 
     def _choose(self, placed: tuple[tuple[int, int, int], ...]) -> Plan:

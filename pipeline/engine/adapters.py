@@ -6,13 +6,14 @@ forward which rows are whose, and keeps the adapters within a budget.
 
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from pipeline.engine.adapted_modules import AdaptedModule, adapted_module, num_bytes_held
+from pipeline.engine.adapted_modules import AdaptedModule, adapted_module, is_replayable, num_bytes_held
 from pipeline.engine.adapter_step import Buffers, CurrentStep, Form, Slice, StepRows
 from pipeline.engine.deltas import AdapterReader, Delta, EmbeddingDelta, LinearDelta
 from pipeline.engine.loader import BaseModel
@@ -56,6 +57,7 @@ class _Resident:
     rank: int | None
     num_bytes: int
     paths: tuple[str, ...]
+    is_replayable: bool
     is_pinned: bool = False
     num_users: int = 0
     last_used: int = 0
@@ -87,10 +89,23 @@ class AdapterBank:
         self._clock = itertools.count(1)
         self._version = 0
 
-    @property
-    def version(self) -> int:
-        """Counts loads and unloads: a CUDA graph that was captured under another number must not be replayed."""
-        return self._version
+    @contextmanager
+    def unchanged(self) -> Iterator[int]:
+        """Keep loads and unloads waiting; gives the number of those so far.
+
+        A CUDA graph that was captured under another number must not be replayed: it reads tensors that are gone.
+        """
+        with self._lock:
+            yield self._version
+
+    def is_replayable(self, experts: Iterable[str | None]) -> bool:
+        """Whether the rows of these experts may be part of a step that is recorded once and replayed.
+
+        Raises:
+            AdapterError: One is not resident.
+        """
+        with self._lock:
+            return all(self._resident(name).is_replayable for name in experts if name is not None)
 
     def load(self, name: str, package: ExpertPackage, *, pin: bool = False) -> AdapterInfo:
         """Make an adapter resident; where it is already, it only counts as used.
@@ -115,7 +130,14 @@ class AdapterBank:
             num_bytes = sum(num_bytes_held(delta) for delta in deltas.values())
             with self._lock:
                 self._make_room(name, num_bytes)
-                resident = _Resident(package.digest, package.adapter.kind, _rank(deltas), num_bytes, tuple(deltas))
+                resident = _Resident(
+                    package.digest,
+                    package.adapter.kind,
+                    _rank(deltas),
+                    num_bytes,
+                    tuple(deltas),
+                    all(is_replayable(delta) for delta in deltas.values()),
+                )
                 self._install(name, deltas)
                 self._residents[name] = resident
                 self._touch(name, package, pin=pin)
@@ -208,7 +230,14 @@ class AdapterBank:
         with self._lock:
             return name in self._residents
 
-    def begin(self, tokens: Sequence[Slice], rows: Sequence[Slice], *, form: Form | None = None) -> None:
+    def begin(
+        self,
+        tokens: Sequence[Slice],
+        rows: Sequence[Slice],
+        *,
+        form: Form | None = None,
+        is_replayed: bool = False,
+    ) -> None:
         """Say which rows of the next forward are whose.
 
         Args:
@@ -216,14 +245,15 @@ class AdapterBank:
                 number of tokens.
             rows: A partition of the rows that reach the head: one for each sequence that draws a token.
             form: How to compute, for tests and benchmarks; None chooses by cost.
+            is_replayed: The forward is recorded or replayed; see `StepRows`.
 
         Raises:
             AdapterError: An adapter is not resident, or the slices are no partition.
         """
         device = self._base.device
         with self._lock:
-            step_tokens = StepRows(tokens, device, form=form, buffers=self._token_buffers)
-            step_rows = StepRows(rows, device, form=form, buffers=self._row_buffers)
+            step_tokens = StepRows(tokens, device, form=form, buffers=self._token_buffers, is_replayed=is_replayed)
+            step_rows = StepRows(rows, device, form=form, buffers=self._row_buffers, is_replayed=is_replayed)
             for name in step_tokens.experts | step_rows.experts:
                 self._resident(name).last_used = next(self._clock)
             self._current.tokens, self._current.rows = step_tokens, step_rows

@@ -12,8 +12,8 @@ from transformers import AttentionInterface
 
 from pipeline.engine.kernels import AttentionPlan, Spans, load_kernels
 from pipeline.engine.kernels.cpu import Kernels
-from pipeline.engine.kernels.reference import Item, attention, store
-from pipeline.engine.kv_cache import KVCache
+from pipeline.engine.kv_cache import PagedCache, SlotCache
+from pipeline.engine.paged_plan import Item, Keys
 from pipeline.engine.scheduler import Chunk, Entry, Prefix
 from pipeline.errors import BaseModelError
 
@@ -94,7 +94,7 @@ class KernelAttention:
         num_q_heads: Query heads.
     """
 
-    def __init__(self, kernels: Kernels, chunks: list[Chunk], cache: KVCache, num_q_heads: int) -> None:
+    def __init__(self, kernels: Kernels, chunks: list[Chunk], cache: SlotCache, num_q_heads: int) -> None:
         _, _, num_kv_heads, head_dim = cache.shape
         self._kernels = kernels
         self._tensors = []
@@ -127,40 +127,24 @@ class KernelAttention:
         return self._kernels.attention(self._prepared, layer, queries, scale=scale, window=window, softcap=softcap)
 
 
-class TorchAttention:
-    """Plain torch at work on one step: on any device, in any dtype. Arguments as `KernelAttention`."""
+def paged_items(chunks: list[Chunk], cache: PagedCache) -> list[Item]:
+    """What attends to which pages in a step; the pages are ready to be written to.
 
-    def __init__(self, chunks: list[Chunk], cache: KVCache) -> None:
-        self._chunks = chunks
-        self._cache = cache
-
-    def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """See `StepAttention`."""
-        store(self._items(layer), keys, values)
-
-    def attend(self, layer: int, queries: torch.Tensor, scale: float, window: int, softcap: float) -> torch.Tensor:
-        """See `StepAttention`."""
-        return attention(self._items(layer), queries, scale=scale, window=window, softcap=softcap)
-
-    def _items(self, layer: int) -> list[Item]:
-        items, start = [], 0
-        for chunk in self._chunks:
-            keys, values = self._cache.tensor(chunk.slot)[layer]
-            prefix = chunk.owner.prefix if isinstance(chunk.owner, Entry) else None
-            shared: tuple[torch.Tensor, torch.Tensor] | tuple[None, None] = (None, None)
-            if prefix is not None and prefix.slot is not None:
-                both = self._cache.tensor(prefix.slot)[layer, :, :, : prefix.length]
-                shared = (both[0], both[1])
-            items.append(Item(start, chunk.count, chunk.start, keys, values, *shared))
-            start += chunk.count
-        return items
-
-
-def step_attention(chunks: list[Chunk], cache: KVCache, num_q_heads: int, kernels: Kernels | None) -> StepAttention:
-    """The best attention there is for a step."""
-    if kernels is None:
-        return TorchAttention(chunks, cache)
-    return KernelAttention(kernels, chunks, cache, num_q_heads)
+    Args:
+        chunks: The step's tokens, in the order of the batch.
+        cache: Where keys and values lie.
+    """
+    items, start = [], 0
+    shared: dict[Prefix, Keys] = {}
+    for chunk in chunks:
+        prefix = chunk.owner.prefix if isinstance(chunk.owner, Entry) else None
+        if prefix is not None and prefix.slot is not None and prefix not in shared:
+            shared[prefix] = Keys(cache.pages(prefix.slot), prefix.length)
+        own = Keys(cache.pages(chunk.slot), chunk.start + chunk.count)
+        items.append(Item(start, chunk.count, own, shared.get(prefix) if prefix is not None else None))
+        start += chunk.count
+    cache.wipe()
+    return items
 
 
 def kernels_for(device: torch.device, dtype: torch.dtype) -> Kernels | None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.engine.linear import PackedLinear, dense_weight
+from pipeline.engine.linear import FrozenLinear, dense_weight
 from pipeline.engine.loader import BaseModel, read_adapter_weights, with_peft
 from pipeline.errors import AdapterError
 from pipeline.package import ExpertPackage
@@ -201,7 +201,7 @@ class _AdapterFile:
         }
         plain = self._plain_module(path)
         read = kinds.get(type(layer))
-        wanted = nn.Embedding if read == self._lora_embedding else nn.Linear | PackedLinear
+        wanted = nn.Embedding if read == self._lora_embedding else nn.Linear | FrozenLinear
         if read is None or not isinstance(plain, wanted):
             raise self._error(path, f"a {type(plain).__name__} cannot be adapted per row")
         return read(path, layer, plain)
@@ -292,7 +292,7 @@ class _AdapterFile:
     def _saved_module(self, path: str, names: list[str]) -> Delta:
         plain = self._plain_module(path)
         values = {name: self._cast(path, self._pop(path, name)) for name in names}
-        if isinstance(plain, nn.Linear | PackedLinear):
+        if isinstance(plain, nn.Linear | FrozenLinear):
             return LinearDelta(own=(values["weight"], values.get("bias")))
         if isinstance(plain, nn.Embedding):
             return EmbeddingDelta(own=values["weight"])
@@ -319,7 +319,7 @@ class _AdapterFile:
             raise self._error(path, f"{field} is none that can be applied")
         if torch.equal(new.to(old), old):
             return {}
-        if not isinstance(plain, nn.Linear | PackedLinear):
+        if not isinstance(plain, nn.Linear | FrozenLinear):
             raise self._error(path, f"the bias of a {type(plain).__name__} cannot be exchanged per row")
         return {path: LinearDelta(offset=self._cast(path, new.float() - old.float()))}
 

@@ -5,7 +5,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class BaseModel:
     dtype: torch.dtype
     eos_token_ids: frozenset[int]
     context_length: int
+    quantization: str | None = None  # of the linear layers' weights
 
 
 def choose_device(device: str | None = None) -> torch.device:
@@ -154,7 +155,7 @@ def merge_adapter(base: BaseModel, package: ExpertPackage) -> BaseModel:
             hint="Train or export the adapter again: its weights are not finite.",
         ) from error
     merged.eval().requires_grad_(False)
-    return BaseModel(merged, base.device, base.dtype, base.eos_token_ids, base.context_length)
+    return replace(base, model=merged)
 
 
 def peft_config(package: ExpertPackage) -> Any:

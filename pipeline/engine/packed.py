@@ -1,13 +1,11 @@
 """The packed engine: continuous batching behind a front that any number of threads may call."""
 
-import asyncio
 import logging
 import queue
 import threading
+import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,130 +13,21 @@ import torch
 
 from pipeline.engine.adapters import AdapterBank
 from pipeline.engine.grammar import GrammarCompiler
+from pipeline.engine.handle import Handle, Piece
 from pipeline.engine.loader import BaseModel, free_memory
 from pipeline.engine.runner import Runner
 from pipeline.engine.sequence import Sequence, failed, start
+from pipeline.engine.stats import EngineStats
 from pipeline.engine.step_engine import StepEngine
 from pipeline.engine.stopping import StopRules
 from pipeline.engine.types import Completion, Failure, Grammar, Request
 from pipeline.errors import ExpertError, InferenceError
 
+__all__ = ["Handle", "PackedEngine", "Piece"]
+
 logger = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 60.0
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Text that a running request has become certain of, and the tokens generated since the piece before.
-
-    `index` tells the request's answers apart.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    index: int = 0
-
-
-class Handle:
-    """A submitted request: iterate its text, wait for its completions, or cancel it.
-
-    `for piece in handle` and `async for piece in handle` give the text as it comes (submit it with `stream=True`);
-    `handle.result()` and `await handle` give the completions, one for each of its `n` answers.
-    """
-
-    def __init__(self, request: Request, cancel: Callable[["Handle"], None]) -> None:
-        self.request = request
-        self._cancel = cancel
-        self._future: Future[tuple[Completion, ...]] = Future()
-        self._future.set_running_or_notify_cancel()  # who gives up waiting for it does not cancel it
-        self._listeners: list[Callable[[Piece | None], None]] = []
-        self._backlog: list[Piece | None] = []
-        self._lock = threading.Lock()
-        self._completions: dict[int, Completion] = {}
-
-    @property
-    def is_done(self) -> bool:
-        """Whether all answers are finished."""
-        return self._future.done()
-
-    def result(self, timeout: float | None = None) -> tuple[Completion, ...]:
-        """Wait for the completions.
-
-        Args:
-            timeout: Seconds; None for ever.
-
-        Raises:
-            TimeoutError: They are not there in time.
-            InferenceError: The engine died or was closed.
-        """
-        return self._future.result(timeout)
-
-    def cancel(self) -> None:
-        """Stop the request within a step; its completions have finish reason `cancelled`. Again does nothing."""
-        if not self.is_done:
-            self._cancel(self)
-
-    def add_done_callback(self, callback: Callable[["Handle"], None]) -> None:
-        """Call `callback(handle)` when the request is finished, from the engine's thread; at once if it is."""
-        self._future.add_done_callback(lambda _: callback(self))
-
-    def __iter__(self) -> Iterator[Piece]:
-        pieces: queue.SimpleQueue[Piece | None] = queue.SimpleQueue()
-        with self._listening(pieces.put):
-            while (piece := pieces.get()) is not None:
-                yield piece
-        self._raise_failure()
-
-    def __await__(self) -> Any:
-        return asyncio.wrap_future(self._future).__await__()
-
-    async def __aiter__(self) -> AsyncIterator[Piece]:
-        loop = asyncio.get_running_loop()
-        pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
-
-        def listen(piece: Piece | None) -> None:
-            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(pieces.put_nowait, piece)
-
-        with self._listening(listen):
-            while (told := await pieces.get()) is not None:
-                yield told
-        self._raise_failure()
-
-    @contextmanager
-    def _listening(self, listener: Callable[[Piece | None], None]) -> Iterator[None]:
-        """Tell a listener what was told already, and what comes."""
-        with self._lock:
-            for piece in self._backlog:
-                listener(piece)
-            self._listeners.append(listener)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._listeners.remove(listener)
-
-    def _raise_failure(self) -> None:
-        if self._future.done() and (error := self._future.exception()) is not None:
-            raise error
-
-    def _tell(self, piece: Piece | None) -> None:
-        with self._lock:
-            self._backlog.append(piece)
-            for listen in self._listeners:
-                listen(piece)
-
-    def _finish(self, completion: Completion) -> None:
-        self._completions[completion.index] = completion
-        if len(self._completions) == self.request.params.n and not self.is_done:
-            self._future.set_result(tuple(self._completions[at] for at in sorted(self._completions)))
-            self._tell(None)
-
-    def _die(self, error: ExpertError) -> None:
-        if not self.is_done:
-            self._future.set_exception(error)
-            self._tell(None)
 
 
 @dataclass(eq=False)
@@ -176,7 +65,7 @@ class PackedEngine:
         max_batch_tokens: int = 1024,
         kv_cache_bytes: int | None = None,
     ) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._rules = StopRules(tokenizer, base.eos_token_ids)
         self._vocab_size = int(base.model.config.get_text_config().vocab_size)
         self.bank = bank
@@ -236,6 +125,17 @@ class PackedEngine:
         finally:
             for handle in handles:
                 handle.cancel()
+
+    def stats(self) -> EngineStats:
+        """What the engine is doing now; for a gauge, as the engine goes on meanwhile."""
+        with self._changed:
+            num_new = sum(len(job.sequences) for job in self._inbox)
+        loop, bank = self._loop, self.bank
+        if loop is None:
+            return EngineStats()
+        stats = loop.stats()
+        num_resident = len(bank.names()) if bank is not None else 0
+        return replace(stats, num_waiting=stats.num_waiting + num_new, num_resident=num_resident)
 
     def check_grammar(self, grammar: Grammar) -> None:
         """Compile a grammar ahead of the requests that use it.
@@ -297,13 +197,13 @@ class PackedEngine:
         except ExpertError as error:
             failure = Failure(error.code, error.message)
             for index in range(request.params.n):
-                handle._finish(failed(request, failure, index))
+                handle.finish(failed(request, failure, index))
         return _Job(handle, sequences, is_streamed)
 
     def _grammars(self) -> GrammarCompiler:
         with self._changed:
             if self._compiler is None:
-                self._compiler = GrammarCompiler(self._tokenizer, self._vocab_size, self._rules)
+                self._compiler = GrammarCompiler(self.tokenizer, self._vocab_size, self._rules)
             return self._compiler
 
     def _ask_to_cancel(self, handle: Handle) -> None:
@@ -358,13 +258,17 @@ class PackedEngine:
 
     def _report(self, job: _Job, sequence: Sequence) -> None:
         """Tell a handle what has become of one of its sequences."""
+        if job.handle.first_at is None and sequence.num_generated:
+            job.handle.begun_at, job.handle.first_at = sequence.begun_at, time.monotonic()
         if job.is_streamed and (text := sequence.new_text()):
             told = job.num_told[sequence.index]
             job.num_told[sequence.index] = sequence.num_generated
-            job.handle._tell(Piece(text, tuple(sequence.token_ids[told:]), sequence.index))
+            is_asked = sequence.request.params.logprobs is not None
+            logprobs = tuple(sequence.logprobs[told:]) if is_asked else None
+            job.handle.tell(Piece(text, tuple(sequence.token_ids[told:]), sequence.index, logprobs))
         if sequence.is_finished:
             self._owners.pop(sequence, None)
-            job.handle._finish(sequence.completion())
+            job.handle.finish(sequence.completion())
             if job.handle.is_done:
                 with self._changed:
                     self._jobs.pop(job.handle, None)
@@ -373,7 +277,7 @@ class PackedEngine:
         with self._changed:
             jobs, self._jobs, self._inbox = list(self._jobs.values()), {}, []
         for job in jobs:
-            job.handle._die(error)
+            job.handle.die(error)
 
 
 def _what_is_computed(request: Request) -> Request:

@@ -1,24 +1,34 @@
 """One forward pass over the packed tokens of a step."""
 
+import logging
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
 
+from pipeline.engine.adapter_step import REPLAYED_ROWS
 from pipeline.engine.adapters import AdapterBank, Slice
-from pipeline.engine.attention import NAME, StepCache, kernels_for, step_attention
-from pipeline.engine.kv_cache import KVCache, default_num_bytes
+from pipeline.engine.attention import NAME, KernelAttention, StepAttention, StepCache, kernels_for, paged_items
+from pipeline.engine.batched_attention import BatchedAttention
+from pipeline.engine.decode_graphs import DecodeGraphs, Recorder, recorder_for
+from pipeline.engine.kv_cache import PagedCache, SlotCache, default_num_bytes
 from pipeline.engine.loader import BaseModel
+from pipeline.engine.paged_plan import Item, places, plan_decode, plan_step, units_of
 from pipeline.engine.scheduler import Chunk, Entry, Prefix, Step
 from pipeline.engine.slots import Slot
 from pipeline.engine.soft_prompts import SoftPrompts
 from pipeline.engine.swift import pack_linears, use_kernels
+from pipeline.engine.transfer import to_device
 from pipeline.errors import BaseModelError
+
+logger = logging.getLogger(__name__)
 
 USE_PADDED = 'Use engine "padded", which runs whatever transformers runs.'
 TRIAL = (3, 5, 4, 2)  # tokens of a prefix, of two sequences that share it, and of one of its own
 AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}  # relative, of the trial's scores
+QUANTIZED_AGREEMENT = 0.1  # quantised products round their inputs, and a last bit decides to which step
 
 
 class Runner:
@@ -28,12 +38,21 @@ class Runner:
         base: The model.
         kv_cache_bytes: The memory for keys and values; None for what the device has to spare.
         num_rows: How many tokens a step usually has.
+        record: What records decode steps so that they are replayed; None for what the device has, CUDA graphs or
+            nothing.
 
     Raises:
         BaseModelError: The model cannot be run packed: it attends in a way of its own.
     """
 
-    def __init__(self, base: BaseModel, *, kv_cache_bytes: int | None = None, num_rows: int = 64) -> None:
+    def __init__(
+        self,
+        base: BaseModel,
+        *,
+        kv_cache_bytes: int | None = None,
+        num_rows: int = 64,
+        record: Recorder | None = None,
+    ) -> None:
         self.bank: AdapterBank | None = None
         self._base = base
         self._model = base.model
@@ -45,16 +64,18 @@ class Runner:
         _check_config(config, type(self._model).__name__, base.context_length)
         trial = self._trial_tokens(int(config.vocab_size))
         wanted = self._stock_scores(trial)
-        self.cache = KVCache(
-            num_layers,
-            num_kv_heads,
-            head_dim,
+        self._kernels = kernels_for(base.device, base.dtype)
+        self.cache = (SlotCache if self._kernels is not None else PagedCache)(
+            (num_layers, 2, num_kv_heads, head_dim),
             dtype=base.dtype,
             device=base.device,
             num_bytes=default_num_bytes(base.device) if kv_cache_bytes is None else kv_cache_bytes,
         )
         self.soft_prompts = SoftPrompts(int(config.vocab_size), int(config.hidden_size), base.device, base.dtype)
-        self._kernels = kernels_for(base.device, base.dtype)
+        record = record or recorder_for(base.device)
+        self.graphs = None if record is None else DecodeGraphs(self._decode, record, base.device)
+        self._graphs_version = 0
+        self._told: set[str] = set()  # why steps ran eagerly
         if self._kernels is not None:
             use_kernels(base, self._kernels)
         pack_linears(base, num_rows)
@@ -74,8 +95,13 @@ class Runner:
         self.cache.free(sources)
         return self._forward(step.chunks)
 
-    def _forward(self, chunks: Sequence[Chunk]) -> torch.Tensor:
-        device = self._base.device
+    def clear(self) -> None:
+        """Give back the memory that nothing is in: of slots that are free, and of recorded steps."""
+        self.cache.clear()
+        if self.graphs is not None:
+            self.graphs.clear()
+
+    def _forward(self, chunks: list[Chunk]) -> torch.Tensor:
         token_ids: list[int] = []
         positions: list[int] = []
         rows: list[int] = []
@@ -85,28 +111,68 @@ class Runner:
             positions += range(first, first + chunk.count)
             if chunk.samples:
                 rows.append(len(token_ids) - 1)
+        items = paged_items(chunks, self.cache) if isinstance(self.cache, PagedCache) else []
+        if self.graphs is not None and not self._runs_eagerly(chunks, token_ids):
+            return self._replay(self.graphs, chunks, token_ids, items)
         if self.bank is not None:
             sampling = [(chunk.owner.expert, 1) for chunk in chunks if chunk.samples]
             self.bank.begin(
                 _slices((chunk.owner.expert, chunk.count) for chunk in chunks), _slices(sampling or [(None, 1)])
             )
-        inputs = torch.tensor([token_ids], device=device)  # [1, num_tokens]
-        cache = StepCache(step_attention(list(chunks), self.cache, self._num_q_heads, self._kernels))
+        told = [np.array(numbers) for numbers in (token_ids, positions, rows or [0])]
+        attention: StepAttention
+        if isinstance(self.cache, PagedCache):
+            told += [places(items), *(array for units in plan_step(items) for array in units.arrays())]
+            inputs, at, last, own_places, *others = to_device(told, self._base.device)
+            attention = BatchedAttention(self.cache, own_places, units_of(others))
+        elif self._kernels is not None:
+            inputs, at, last = to_device(told, self._base.device)
+            attention = KernelAttention(self._kernels, chunks, self.cache, self._num_q_heads)
+        else:
+            raise TypeError("slots of their own are for the compiled kernels")
         is_soft = max(token_ids) >= self.soft_prompts.vocab_size
         given = (
-            {"inputs_embeds": self.soft_prompts.embed(inputs, self._model.get_input_embeddings())}
+            {"inputs_embeds": self.soft_prompts.embed(inputs[None], self._model.get_input_embeddings())}
             if is_soft
-            else {"input_ids": inputs}
+            else {"input_ids": inputs[None]}
         )
-        scores: torch.Tensor = self._model(
-            **given,
-            position_ids=torch.tensor([positions], device=device),
-            past_key_values=cache,
-            use_cache=False,
-            logits_to_keep=torch.tensor(rows or [0], device=device),
-            packed=cache,
-        ).logits[0]  # [num_rows, vocab_size]
-        return scores[: len(rows)]
+        return _scores(self._model, attention, at, logits_to_keep=last, **given)[: len(rows)]
+
+    def _decode(self, numbers: list[torch.Tensor]) -> torch.Tensor:
+        if not isinstance(self.cache, PagedCache):
+            raise TypeError("a recorded step needs keys and values in pages")
+        return decode_scores(self._model, self.cache, numbers)
+
+    def _replay(
+        self, graphs: DecodeGraphs, chunks: list[Chunk], token_ids: Sequence[int], items: Sequence[Item]
+    ) -> torch.Tensor:
+        numbers = plan_decode(token_ids, items)
+        experts = [chunk.owner.expert for chunk in chunks]
+        if self.bank is None:
+            return graphs.run(numbers, key=False)[: len(chunks)]
+        slices = _slices((expert, 1) for expert in [*experts, *[None] * (len(numbers[0]) - len(chunks))])
+        with self.bank.unchanged() as version:  # the adapters' tensors are where they were when it was recorded
+            if version != self._graphs_version:
+                graphs.clear()
+                self._graphs_version = version
+            self.bank.begin(slices, slices, is_replayed=True)
+            return graphs.run(numbers, key=any(experts))[: len(chunks)]
+
+    def _runs_eagerly(self, chunks: list[Chunk], token_ids: Sequence[int]) -> bool:
+        """Whether a step is none that can be replayed; why, is logged once."""
+        why = ""
+        if not all(chunk.samples and chunk.count == 1 for chunk in chunks):
+            why = "they compute more than one token of a sequence"
+        elif max(token_ids) >= self.soft_prompts.vocab_size:
+            why = "they compute a soft prompt"
+        elif len(chunks) > REPLAYED_ROWS:
+            why = f"they have more than {REPLAYED_ROWS} sequences"
+        elif self.bank is not None and not self.bank.is_replayable({chunk.owner.expert for chunk in chunks}):
+            why = "an expert changes whole modules, which are computed by slices"
+        if why and why not in self._told:
+            self._told.add(why)
+            logger.info("some steps run eagerly, not from a recorded graph: %s", why)
+        return bool(why)
 
     def _trial_tokens(self, vocab_size: int) -> list[list[int]]:
         numbers = torch.arange(sum(TRIAL), dtype=torch.long) * 7919 % vocab_size
@@ -147,11 +213,37 @@ class Runner:
         self.cache.free([Slot(-1, 32), *slots])
         self.cache.clear()
         difference = float((found.float() - wanted.float()).norm() / wanted.float().norm().clamp_min(1e-6))
-        if not difference <= AGREEMENT[self._base.dtype]:
+        allowed = QUANTIZED_AGREEMENT if self._base.quantization else AGREEMENT[self._base.dtype]
+        if not difference <= allowed:
             raise BaseModelError(
                 f"{kind} computes something else when it is run packed: its scores differ by {difference:.1%}",
                 hint=USE_PADDED,
             )
+
+
+def decode_scores(model: Any, cache: PagedCache, numbers: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A decode step as a function of tensors of whole numbers alone, none of which the host reads.
+
+    Args:
+        model: Attends by `packed_attention`.
+        cache: Where keys and values lie.
+        numbers: What `plan_decode` gives, on the device.
+
+    Returns:
+        The scores of each row, [num_rows, vocab_size].
+    """
+    token_ids, own_places, *others = numbers
+    (units,) = units_of(others)
+    attention = BatchedAttention(cache, own_places, [units])
+    return _scores(model, attention, units.positions, input_ids=token_ids[None])
+
+
+def _scores(model: Any, attention: StepAttention, positions: torch.Tensor, **given: Any) -> torch.Tensor:
+    cache = StepCache(attention)
+    scores: torch.Tensor = model(
+        position_ids=positions[None], past_key_values=cache, use_cache=False, packed=cache, **given
+    ).logits[0]
+    return scores  # [num_rows, vocab_size]
 
 
 def _check_config(config: Any, kind: str, context_length: int) -> None:

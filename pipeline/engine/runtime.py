@@ -9,7 +9,9 @@ from pipeline.engine.adapters import AdapterBank
 from pipeline.engine.loader import load_base_model, load_tokenizer, merge_adapter
 from pipeline.engine.packed import PackedEngine
 from pipeline.engine.padded import PaddedEngine
+from pipeline.engine.quantization import check_quantization, quantize
 from pipeline.engine.requests import RequestBuilder, request_defaults
+from pipeline.engine.residents import ResidentExperts
 from pipeline.engine.soft_prompts import load_soft_prompts
 from pipeline.engine.types import Engine
 from pipeline.errors import AdapterError, ConfigError, TokenizerError
@@ -45,6 +47,7 @@ def load_expert(
     engine: EngineName = "packed",
     device: str | None = None,
     dtype: str | None = None,
+    quantization: str | None = None,
     batch_size: int = 128,
     max_batch_tokens: int | None = None,
     kv_cache_bytes: int | None = None,
@@ -58,6 +61,7 @@ def load_expert(
         engine: `"packed"`, or `"padded"` for a model that the packed one refuses.
         device: `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`, or None for the best there is.
         dtype: `"float32"`, `"bfloat16"`, `"float16"`, or None to choose by device and checkpoint.
+        quantization: `"int8"`, `"int4"` or None, for the weights of the linear layers with the adapter merged in.
         batch_size: At most this many sequences are answered together.
         max_batch_tokens: At most this many tokens a step (packed) or batch (padded); None for the engine's own.
         kv_cache_bytes: Memory for keys and values (packed); None for what the device has to spare.
@@ -65,10 +69,12 @@ def load_expert(
 
     Raises:
         LoadError: The package or the base model cannot be used, or not by this engine.
-        ConfigError: The engine, device or dtype is unknown or not there.
+        ConfigError: The engine, device, dtype or quantization is unknown or not there.
+        MissingDependencyError: torchao is not installed, and this quantization needs it.
         InvalidRequestError: An option has a wrong value.
     """
     _check_engine(engine)
+    kind = check_quantization(quantization)
     request_defaults(package, options or {})  # a mistake in them is told before the model is loaded
     soft_prompts = load_soft_prompts(package)
     if soft_prompts and engine == "padded":
@@ -78,7 +84,7 @@ def load_expert(
     base = load_base_model(base_path, device=device, dtype=dtype)
     tokenizer = load_tokenizer(package, base_path)
     _check_tokenizer(tokenizer, package.label, int(base.model.config.get_text_config().vocab_size))
-    base = merge_adapter(base, package)
+    base = quantize(merge_adapter(base, package), kind)
     made: PackedEngine | PaddedEngine
     positions: dict[str, tuple[int, ...]] = {}
     if engine == "packed":
@@ -109,6 +115,7 @@ def load_experts(
     *,
     device: str | None = None,
     dtype: str | None = None,
+    quantization: str | None = None,
     batch_size: int = 128,
     max_batch_tokens: int | None = None,
     kv_cache_bytes: int | None = None,
@@ -118,37 +125,62 @@ def load_experts(
     Args:
         packages: The experts, by the names they shall have.
         base_path: The base model's directory, with a tokenizer.
-        device, dtype, batch_size, max_batch_tokens, kv_cache_bytes: As for `load_expert`.
+        device, dtype, quantization, batch_size, max_batch_tokens, kv_cache_bytes: As for `load_expert`.
 
     Raises:
         As `load_expert`.
         TokenizerError: A package brings another vocabulary than the base model's.
     """
-    engine = load_engine(
-        base_path,
+    experts = open_experts(
         packages,
+        base_path,
         device=device,
         dtype=dtype,
+        quantization=quantization,
+        batch_size=batch_size,
+        max_batch_tokens=max_batch_tokens,
+        kv_cache_bytes=kv_cache_bytes,
+    )
+    requests = {name: experts.load(name) for name in packages}
+    return LoadedExperts(experts.engine, requests)
+
+
+def open_experts(
+    packages: Mapping[str, ExpertPackage],
+    base_path: Path,
+    *,
+    max_resident: int | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    quantization: str | None = None,
+    batch_size: int = 128,
+    max_batch_tokens: int | None = None,
+    kv_cache_bytes: int | None = None,
+) -> ResidentExperts:
+    """Load a base model for experts that are themselves loaded when they are first asked.
+
+    Args:
+        packages: The experts, by the names they shall have.
+        base_path: The base model's directory, with a tokenizer.
+        max_resident: At most this many adapters are on the device at a time; None for all.
+        device, dtype, quantization, batch_size, max_batch_tokens, kv_cache_bytes: As for `load_expert`.
+
+    Raises:
+        As `load_expert`.
+    """
+    engine = load_engine(
+        base_path,
+        max_resident=max_resident,
+        device=device,
+        dtype=dtype,
+        quantization=quantization,
         batch_size=batch_size,
         max_batch_tokens=max_batch_tokens,
         kv_cache_bytes=kv_cache_bytes,
     )
     if not isinstance(engine, PackedEngine):
         raise TypeError("experts side by side need the packed engine")
-    vocabulary = load_tokenizer(None, base_path).get_vocab()
-    requests = {}
-    for name, package in packages.items():
-        tokenizer = load_tokenizer(package, base_path)
-        if tokenizer.get_vocab() != vocabulary:
-            raise TokenizerError(
-                f"the tokenizer of {package.label} has another vocabulary than the base model's",
-                hint="Pack the tokenizer of the base model, or load the expert alone.",
-            )
-        prompts = {label: engine.add_soft_prompt(prompt) for label, prompt in load_soft_prompts(package).items()}
-        requests[name] = RequestBuilder(
-            package, tokenizer, engine.context_length, expert_name=name, soft_prompts=prompts
-        )
-    return LoadedExperts(engine, requests)
+    return ResidentExperts(engine, packages, max_resident=max_resident)
 
 
 def load_engine(
@@ -156,8 +188,10 @@ def load_engine(
     packages: Mapping[str, ExpertPackage] | None = None,
     *,
     engine: EngineName = "packed",
+    max_resident: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    quantization: str | None = None,
     batch_size: int = 128,
     max_batch_tokens: int | None = None,
     kv_cache_bytes: int | None = None,
@@ -167,13 +201,15 @@ def load_engine(
     Args:
         base_path: The base model's directory, with a tokenizer.
         packages: The experts, by the names that requests give; a request without one gets the base model's answer.
-        engine, device, dtype, batch_size, max_batch_tokens, kv_cache_bytes: As for `load_expert`.
+        max_resident: At most this many adapters are on the device at a time; None for all.
+        engine, device, dtype, quantization, batch_size, max_batch_tokens, kv_cache_bytes: As for `load_expert`.
 
     Raises:
         As `load_expert`; and ConfigError for experts over the padded engine, which holds one merged expert only.
     """
     _check_engine(engine)
-    base = load_base_model(base_path, device=device, dtype=dtype)
+    kind = check_quantization(quantization)
+    base = quantize(load_base_model(base_path, device=device, dtype=dtype), kind)
     tokenizer = load_tokenizer(None, base_path)
     if engine == "padded":
         if packages:
@@ -182,7 +218,7 @@ def load_engine(
     made = PackedEngine(
         base,
         tokenizer,
-        bank=AdapterBank(base),
+        bank=AdapterBank(base, max_adapters=max_resident),
         batch_size=batch_size,
         max_batch_tokens=max_batch_tokens or STEP_TOKENS,
         kv_cache_bytes=kv_cache_bytes,

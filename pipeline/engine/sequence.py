@@ -33,6 +33,7 @@ class Sequence:
         self.logprobs: list[TokenLogprob] = []
         self.finish_reason: FinishReason | None = None
         self.failure: Failure | None = None
+        self.begun_at: float | None = None  # by time.monotonic(), when the first of its tokens was computed
         self.counts: Counter[int] = Counter()  # of generated tokens, kept where a penalty needs them
         self._stopping = stopping
         params = request.params

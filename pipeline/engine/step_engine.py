@@ -1,6 +1,7 @@
 """The step loop: schedule, run, choose. One thread at a time; `packed` is its front for many."""
 
 import logging
+import time
 from collections.abc import Iterable
 
 import torch
@@ -12,6 +13,7 @@ from pipeline.engine.prefixes import Prompt, plan_prefixes
 from pipeline.engine.runner import Runner
 from pipeline.engine.scheduler import Entry, Scheduler, Step
 from pipeline.engine.sequence import Sequence
+from pipeline.engine.stats import EngineStats
 from pipeline.errors import AdapterError, ExpertError, InvalidRequestError, OutOfMemoryError, PromptTooLongError
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,8 @@ class StepEngine:
         self._context_length = context_length
         self.scheduler = Scheduler(runner.cache.num_tokens, max_running=max_running, max_step_tokens=max_step_tokens)
         self.num_tokens_computed = 0  # since the beginning, recomputed ones counted again
+        self._num_steps = 0
+        self._num_generated = 0
         self._digests: dict[str, str] = {}  # of the experts that have answered
         self._sequences: dict[Entry, Sequence] = {}
         self._entries: dict[Sequence, Entry] = {}
@@ -51,6 +55,19 @@ class StepEngine:
     def has_work(self) -> bool:
         """Whether a sequence is unfinished."""
         return bool(self._entries)
+
+    def stats(self) -> EngineStats:
+        """What it is doing; may be asked for from any thread."""
+        slots = self.scheduler.slots
+        return EngineStats(
+            num_running=len(self.scheduler.running),
+            num_waiting=self.scheduler.num_waiting,
+            num_kv_tokens_used=slots.num_used,
+            num_kv_tokens=slots.num_tokens,
+            num_steps=self._num_steps,
+            num_tokens_computed=self.num_tokens_computed,
+            num_tokens_generated=self._num_generated,
+        )
 
     def add(self, sequences: Iterable[Sequence]) -> list[Sequence]:
         """Take sequences that have not begun; those that cannot be answered are returned, failed."""
@@ -86,6 +103,8 @@ class StepEngine:
     def step(self) -> list[Sequence]:
         """Compute one step; the sequences that it advanced, some of them finished."""
         step = self.scheduler.schedule()
+        self._num_steps += 1
+        self._note_begun(step)
         advanced = [self._too_large(entry) for entry in step.too_large]
         scores = self._run(step) if step.chunks else None
         if scores is not None:
@@ -95,6 +114,7 @@ class StepEngine:
             choices = choose_tokens_(scores, chosen) if chosen else []
             for sequence, choice in zip(chosen, choices, strict=True):
                 sequence.append(choice)
+            self._num_generated += len(chosen)
             advanced += chosen
         else:
             self._runner.cache.free(step.freed)  # nothing was run, or it failed before it came to this
@@ -103,6 +123,13 @@ class StepEngine:
             if sequence.is_finished:
                 self._forget(sequence)
         return advanced
+
+    def _note_begun(self, step: Step) -> None:
+        now = time.monotonic()
+        for chunk in step.chunks:
+            if chunk.start == 0 and isinstance(chunk.owner, Entry):
+                sequence = self._sequences[chunk.owner]
+                sequence.begun_at = sequence.begun_at or now
 
     def _run(self, step: Step) -> torch.Tensor | None:
         """The scores; None where the device's memory was too small for the step."""
@@ -119,7 +146,7 @@ class StepEngine:
         """Make steps smaller after one that did not fit; the sequence that does not even fit alone fails."""
         scheduler = self.scheduler
         scheduler.rerun(step.chunks)
-        self._runner.cache.clear()
+        self._runner.clear()
         free_memory()
         if scheduler.max_running > 1 or scheduler.max_step_tokens > 1:
             scheduler.max_running = max(scheduler.max_running // 2, 1)

@@ -14,6 +14,7 @@ from pipeline.engine.linear import PackedLinear
 from pipeline.engine.loader import BaseModel
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+QUANTIZED_TOLERANCE = 2e-2  # quantised products round their inputs, and a last bit decides to which step
 
 
 def pack_linears(base: BaseModel, num_rows: int) -> None:
@@ -35,7 +36,7 @@ def pack_linears(base: BaseModel, num_rows: int) -> None:
 
 
 def use_kernels(base: BaseModel, kernels: Kernels) -> None:
-    """Let the compiled kernels compute norms and gated feed-forward layers.
+    """Let the compiled kernels compute norms, gated feed-forward layers and a head that shares the embedding's weight.
 
     Args:
         base: The model, changed in place.
@@ -45,7 +46,19 @@ def use_kernels(base: BaseModel, kernels: Kernels) -> None:
         if type(module).__name__.endswith("RMSNorm"):
             _use_norm(module, kernels)
         elif all(isinstance(getattr(module, name, None), nn.Module) for name in ("gate_proj", "up_proj", "down_proj")):
-            _use_gate(module, kernels)
+            _use_gate(module, kernels, QUANTIZED_TOLERANCE if base.quantization else TOLERANCE[kernels.dtype])
+    head = base.model.get_output_embeddings()
+    if type(head) is nn.Linear and kernels.has_linear and head.weight is base.model.get_input_embeddings().weight:
+        _use_product(head, kernels)
+
+
+def _use_product(linear: Any, kernels: Kernels) -> None:
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        return kernels.linear(hidden, linear.weight, linear.bias)
+
+    trial = torch.linspace(-2, 2, 3 * linear.in_features, dtype=kernels.dtype).view(1, 3, -1)
+    if _is_same(forward(trial), linear(trial), TOLERANCE[kernels.dtype]):
+        linear.forward = forward
 
 
 def _use_norm(module: Any, kernels: Kernels) -> None:
@@ -59,21 +72,21 @@ def _use_norm(module: Any, kernels: Kernels) -> None:
         def forward(hidden: torch.Tensor, add_one: bool = add_one) -> torch.Tensor:
             return kernels.rms_norm(hidden, module.weight, eps, add_one=add_one)
 
-        if _is_same(forward(trial), module(trial)):
+        if _is_same(forward(trial), module(trial), TOLERANCE[kernels.dtype]):
             module.forward = forward
             return
 
 
-def _use_gate(module: Any, kernels: Kernels) -> None:
+def _use_gate(module: Any, kernels: Kernels, tolerance: float) -> None:
     def forward(hidden: torch.Tensor) -> torch.Tensor:
         gated: torch.Tensor = module.down_proj(kernels.silu_mul(module.gate_proj(hidden), module.up_proj(hidden)))
         return gated
 
     trial = torch.linspace(-2, 2, 3 * module.gate_proj.in_features, dtype=kernels.dtype).view(1, 3, -1)
-    if _is_same(forward(trial), module(trial)):
+    if _is_same(forward(trial), module(trial), tolerance):
         module.forward = forward
 
 
-def _is_same(swift: torch.Tensor, stock: torch.Tensor) -> bool:
+def _is_same(swift: torch.Tensor, stock: torch.Tensor, tolerance: float) -> bool:
     scale = max(float(stock.abs().max()), 1e-6)
-    return bool((swift - stock).abs().max() <= TOLERANCE[swift.dtype] * scale)
+    return bool((swift - stock).abs().max() <= tolerance * scale)

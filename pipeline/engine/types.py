@@ -1,6 +1,5 @@
 """The small records that flow through an engine."""
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
@@ -177,8 +176,8 @@ class Engine(Protocol):
 
 
 def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
-    valid = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not valid or value > high or value < low or (open_low and value == low):
+    valid = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high  # false for NaN
+    if not valid or (open_low and value == low):
         bounds = f"{'more than' if open_low else 'at least'} {low:g} and at most {high:g}"
         raise InvalidRequestError(f"{name} is {value!r}", hint=f"Give a number of {bounds}.")
 

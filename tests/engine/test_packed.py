@@ -504,7 +504,7 @@ def test_steps_that_fail_half_way_leave_no_tensor_behind(base: Path, oracles: di
     found, engine = run_on_small_device(base, 1 << 30, asked, *range(4, 20, 3))  # when some are finished
     assert [found[one.id].token_ids for one in asked] == [stock_tokens(oracles[None], one) for one in asked]
     engine._runner.cache.free(engine.scheduler.slots.take_freed())
-    held = {slot.number for slot in engine._runner.cache._tensors}
+    held = {slot.number for slot in engine._runner.cache.slots}
     assert held == {kept.slot.number for kept in engine.scheduler.prefixes if kept.slot is not None}
 
 
@@ -524,47 +524,3 @@ def test_an_error_that_is_not_of_memory_is_not_swallowed(base: Path) -> None:
     engine.add(start(Request("a", (7, 8)), StopRules(load_tokenizer(None, base), frozenset({2}))))
     with pytest.raises(RuntimeError, match="one device"):
         engine.step()
-
-
-# --- on a GPU --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def cuda() -> str:
-    if not torch.cuda.is_available():
-        pytest.skip("there is no CUDA device")
-    return "cuda"
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("limits", LIMITS)
-def test_on_cuda_experts_answer_as_each_does_alone_under_peft(
-    cuda: str,
-    load: Callable[..., PackedEngine],
-    packages: dict[str, ExpertPackage],
-    oracles: dict[str | None, Any],
-    limits: str,
-) -> None:
-    asked = mixed_requests(32, EXPERTS, seed=2)
-    found = answers(load(packages, device=cuda, **LIMITS[limits]), asked)
-    wanted = {one.id: stock_tokens(oracles[one.expert], one) for one in asked}
-    assert {one.id: found[one.id].token_ids for one in asked} == wanted
-
-
-@pytest.mark.gpu
-def test_on_cuda_every_architecture_answers_as_stock(cuda: str, architecture: tuple[Path, list, list]) -> None:
-    path, asked, wanted = architecture
-    engine = load_engine(path, device=cuda, dtype="float32", **TIGHT)
-    found = answers(engine, asked)
-    engine.close()
-    assert [found[one.id].token_ids for one in asked] == wanted
-
-
-@pytest.mark.gpu
-def test_on_cuda_bfloat16_answers_everything(
-    cuda: str, load: Callable[..., PackedEngine], packages: dict[str, ExpertPackage]
-) -> None:
-    engine = load(packages, device=cuda, dtype="bfloat16", batch_size=8, max_batch_tokens=32)
-    for one in answers(engine, mixed_requests(32, EXPERTS, seed=2, temperature=0.8)).values():
-        assert one.failure is None
-        assert one.finish_reason == "length"

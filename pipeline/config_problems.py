@@ -188,7 +188,7 @@ def _node(schema: Mapping[str, Any], path: KeyPath) -> Mapping[str, Any]:
     for part in path:
         for option in _options(node, schema):
             below = option.get("items") if isinstance(part, int) else _keys(option, schema).get(part)
-            below = below if below is not None else option.get("additionalProperties")
+            below = below if below is not None else _any_key(option)
             if isinstance(below, Mapping):
                 node = below
                 break
@@ -197,6 +197,11 @@ def _node(schema: Mapping[str, Any], path: KeyPath) -> Mapping[str, Any]:
 
 def _keys(node: Mapping[str, Any], schema: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
     return {key: value for option in _options(node, schema) for key, value in option.get("properties", {}).items()}
+
+
+def _any_key(node: Mapping[str, Any]) -> Any:
+    """The JSON schema of the values under keys that a person chooses, if any."""
+    return next(iter(node.get("patternProperties", {}).values()), node.get("additionalProperties"))
 
 
 def _options(node: Mapping[str, Any], schema: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
