@@ -19,6 +19,7 @@ from rich.table import Table
 from pipeline.errors import ConfigError, ExpertError, InvalidRequestError
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+MOST_PINNED = 16  # so many experts `expert serve` loads at the start
 
 app = typer.Typer(
     help="Answer datasets and prompts with expert packages.",
@@ -92,6 +93,7 @@ def generate(
         str | None, typer.Option(help="left or right: cut a prompt that is too long at that side.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="int8 or int4: weights of 8 or 4 bits.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole result as JSON.")] = False,
 ) -> None:
     """Answer one prompt.
@@ -103,7 +105,7 @@ def generate(
 
         question = sys.stdin.read() if prompt == "-" else prompt
         schema_text = _text_or_file(schema)
-        with Expert.load(package, device=device, base_model=base_model) as expert:
+        with Expert.load(package, device=device, base_model=base_model, quantization=quantization) as expert:
             result = expert.generate(
                 question,
                 schema=schema_text,
@@ -198,8 +200,43 @@ def demo(
         run_demo(folder, rows, Console())
 
 
+@app.command("serve")
+def serve_packages(
+    packages: Annotated[list[str], typer.Argument(help="Expert packages: files, unpacked directories or URLs.")],
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; beyond this machine only with API keys.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 for any free one.")] = 8000,
+    base_model: BaseModelOption = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; the best there is if not given.")] = None,
+    replicas: Annotated[int, typer.Option(help="Processes that answer, for each base model.", min=1)] = 1,
+) -> None:
+    """Answer over HTTP, as OpenAI's API does, until Ctrl-C.
+
+    API keys come from EXPERT_API_KEYS (name=sha256, by commas). configs/serve.yaml, with `serve run`, says more.
+
+    Example: expert serve expert-sql.expert expert-cypher.expert --port 8000
+    """
+    with errors_on_exit("interrupted"):
+        from pipeline.serve.config import ServeConfig
+        from pipeline.serve.run import StartPhases, run_service
+
+        phases = StartPhases()
+        options: dict[str, Any] = {
+            "experts": [{"package": package, "pin": len(packages) <= MOST_PINNED} for package in packages],
+            "host": host,
+            "port": port,
+            "base_model": base_model,
+            "device": device,
+            "replicas": {"min": replicas, "max": replicas},
+        }
+        run_service(ServeConfig.from_options(options), typer.echo, phases)
+
+
 @contextmanager
-def errors_on_exit() -> Iterator[None]:
+def errors_on_exit(
+    interrupted: str = "interrupted; what is committed stays, and the same command continues",
+) -> Iterator[None]:
     """Print an error of ours without a traceback, and end the process with an exit code."""
     try:
         yield
@@ -209,7 +246,7 @@ def errors_on_exit() -> Iterator[None]:
         usage = isinstance(error, ConfigError | InvalidRequestError)
         raise typer.Exit(EXIT_USAGE if usage else EXIT_FAILED) from error
     except KeyboardInterrupt as error:
-        typer.echo("interrupted; what is committed stays, and the same command continues", err=True)
+        typer.echo(interrupted, err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from error
 
 

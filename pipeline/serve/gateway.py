@@ -1,0 +1,200 @@
+"""The Serve deployment that speaks HTTP, and the way from it to the replicas."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from ray import serve
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError, RayServeException
+
+from pipeline.errors import ExpertError, OverloadedError, ReplicaLostError, ServeError
+from pipeline.serve.api import make_api
+from pipeline.serve.config import ServeConfig
+from pipeline.serve.keys import KeyRing
+from pipeline.serve.limits import LimitsConfig
+from pipeline.serve.messages import Ask, Delta, Ended, Event, ModelCard
+from pipeline.serve.metrics import GatewayMetrics
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from ray.serve.handle import DeploymentHandle
+
+logger = logging.getLogger(__name__)
+MAX_ATTEMPTS = 5
+RETRY_SECONDS = 0.1  # before the second attempt; twice as long before each further one
+READY_SECONDS = 2.0
+MAX_ONGOING_REQUESTS = 100_000  # more than ever come: what is too much the gateway refuses itself, in its own words
+
+
+@dataclass(frozen=True)
+class GatewayJob:
+    """Everything a gateway is told.
+
+    Args:
+        models: The experts that may be asked for.
+        limits: Bounds on requests.
+        keys: Who may ask.
+        log_prompts: Whether bodies and answers are written to the log.
+        playground: Whether there is a page to try the experts at `/`.
+    """
+
+    models: tuple[ModelCard, ...]
+    limits: LimitsConfig
+    keys: KeyRing
+    log_prompts: bool = False
+    playground: bool = True
+
+
+class HandleBackend:
+    """Answers from replicas, through Serve; see `pipeline.serve.messages.Backend`.
+
+    A request whose replica is lost is asked of another one, unless a part of its answer was passed on.
+
+    Args:
+        handles: The deployment of replicas that answers, for each expert.
+    """
+
+    def __init__(self, handles: Mapping[str, "DeploymentHandle[Any]"]) -> None:
+        self._deployments = list({handle.deployment_name: handle for handle in handles.values()}.values())
+        self._handles = {
+            name: handle.options(method_name="ask_gathered", stream=True, multiplexed_model_id=name)
+            for name, handle in handles.items()
+        }
+
+    async def ask(self, ask: Ask) -> AsyncGenerator[Event, None]:
+        """Answer one request.
+
+        Raises:
+            ReplicaLostError: Its replica is gone, and it cannot be asked again.
+            ServeError: The replica failed by a mistake of its own.
+            OverloadedError: Too many requests wait for a replica.
+        """
+        until = None if ask.deadline is None else time.monotonic() + ask.deadline
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            left = None if until is None else max(until - time.monotonic(), 0.0)
+            has_text = False
+            try:
+                async with _cancelled_at_end(self._handles[ask.expert].remote(replace(ask, deadline=left))) as arriving:
+                    async for events in arriving:
+                        for event in events:
+                            has_text = has_text or isinstance(event, Delta | Ended)
+                            yield event
+            except BackPressureError as error:
+                raise OverloadedError("too many requests wait for a replica", hint="Ask again in a moment.") from error
+            except (ExpertError, RayError, RayServeException) as error:
+                if _is_own_mistake(error):
+                    raise ServeError(f"the replica failed: {error}", hint="See its log.") from error
+                if has_text or attempt == MAX_ATTEMPTS:
+                    raise ReplicaLostError("the replica that was answering is lost", hint="Ask again.") from error
+                logger.warning(
+                    "request %s lost its replica at attempt %d: %s", ask.request_id, attempt, type(error).__name__
+                )
+            else:
+                return
+            await asyncio.sleep(RETRY_SECONDS * 2 ** (attempt - 1))
+
+    async def warm_up(self) -> None:
+        """Wait for a replica of every base model, so that no client pays for the first call."""
+        try:
+            await self._stats()
+        except (RayError, RayServeException) as error:
+            logger.warning("warm-up: %s: %s", type(error).__name__, error)
+
+    async def is_ready(self) -> bool:
+        """Whether a replica of every base model answers."""
+        try:
+            async with asyncio.timeout(READY_SECONDS):
+                await self._stats()
+        except (TimeoutError, RayError, RayServeException) as error:
+            logger.warning("not ready: %s: %s", type(error).__name__, error)
+            return False
+        return True
+
+    async def _stats(self) -> None:
+        await asyncio.gather(*(handle.options(method_name="stats").remote() for handle in self._deployments))
+
+
+def gateway_deployment(
+    config: ServeConfig, models: Iterable[ModelCard], replicas: Mapping[str, serve.Application]
+) -> serve.Application:
+    """The gateway of a service.
+
+    Args:
+        config: Of the service.
+        models: The experts that may be asked for.
+        replicas: What answers, for each expert.
+
+    Raises:
+        ConfigError: The keys cannot be read.
+    """
+    job = GatewayJob(tuple(models), config.limits, config.keys.load(), config.log_prompts, config.playground)
+    deployment: serve.Deployment = serve.deployment(  # type: ignore[assignment]  # typed as the decorator that it also is
+        Gateway,
+        name="Gateway",
+        num_replicas=config.gateways,
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        ray_actor_options={"num_cpus": 0},
+    )
+    return deployment.bind(job, dict(replicas))
+
+
+@serve.ingress()
+class Gateway:
+    """The HTTP side of the service: keys, limits, checks and shapes, in a process of its own.
+
+    Args:
+        job: What it is told.
+        handles: The deployment of replicas that answers, for each expert.
+    """
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it: there is an event loop from the beginning
+        self, job: GatewayJob, handles: Mapping[str, "DeploymentHandle[Any]"]
+    ) -> None:
+        _log_with_serve()
+        self._job = job
+        self._backend = HandleBackend(handles)
+        # The first call of a handle takes seconds; they pass while the replicas are loading.
+        self._warming = asyncio.create_task(self._backend.warm_up())
+
+    def __serve_build_asgi_app__(self) -> "FastAPI":
+        """The application; Serve asks for it once, by this name."""
+        return make_api(
+            self._backend,
+            self._job.models,
+            limits=self._job.limits,
+            keys=self._job.keys,
+            log_prompts=self._job.log_prompts,
+            playground=self._job.playground,
+            metrics=GatewayMetrics(),
+            is_ready=self._backend.is_ready,
+            echoes_request_id=False,  # Serve's proxy does
+        )
+
+
+@asynccontextmanager
+async def _cancelled_at_end(arriving: Any) -> AsyncGenerator[AsyncIterator[list[Event]], None]:
+    """What a replica answers; left before its end, the replica is told to stop."""
+    try:
+        yield arriving
+    except BaseException:
+        arriving.cancel()
+        raise
+
+
+def _is_own_mistake(error: Exception) -> bool:
+    """Whether a replica lives, and failed for a reason that it would fail for again."""
+    return isinstance(error, RayTaskError) and not isinstance(error, ExpertError)
+
+
+def _log_with_serve() -> None:
+    """Have our log lines written where Serve writes its own: the replica's log file."""
+    own = logging.getLogger("pipeline.serve")
+    own.setLevel(logging.INFO)
+    own.propagate = False
+    for handler in logging.getLogger("ray.serve").handlers:
+        own.addHandler(handler)

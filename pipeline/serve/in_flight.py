@@ -1,0 +1,53 @@
+"""How many requests there are at once, of all clients and of each."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pipeline.errors import OverloadedError, TooManyRequestsError
+from pipeline.serve.limits import LimitsConfig
+
+
+class InFlight:
+    """Counts requests from their first byte to their last.
+
+    Args:
+        limits: Its `max_requests` and `max_requests_per_key`.
+    """
+
+    def __init__(self, limits: LimitsConfig) -> None:
+        self.total = 0
+        self._of_client: Counter[str] = Counter()
+        self._limits = limits
+
+    @contextmanager
+    def entered(self, client: str | None) -> Iterator[None]:
+        """Count a request while it lasts.
+
+        Args:
+            client: The client's name; None where no key is needed, and only the total counts.
+
+        Raises:
+            OverloadedError: There are too many.
+            TooManyRequestsError: This client has too many.
+        """
+        if client is not None and self._of_client[client] >= self._limits.max_requests_per_key:
+            raise TooManyRequestsError(
+                f"{self._limits.max_requests_per_key} requests of this API key are running and waiting",
+                hint="Wait for one to be answered, and ask again.",
+            )
+        if self.total >= self._limits.max_requests:
+            raise OverloadedError(
+                f"{self._limits.max_requests} requests are running and waiting", hint="Ask again in a moment."
+            )
+        self.total += 1
+        if client is not None:
+            self._of_client[client] += 1
+        try:
+            yield
+        finally:
+            self.total -= 1
+            if client is not None:
+                self._of_client[client] -= 1
+                if not self._of_client[client]:
+                    del self._of_client[client]

@@ -1,0 +1,116 @@
+"""What gateway and replica say to each other: plain records, the same for a streamed answer and a whole one."""
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from pipeline.engine.types import FinishReason
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A checked request on its way to a replica.
+
+    Args:
+        request_id: In every response and log line about it.
+        expert: The expert that answers, by its served name.
+        fields: `prompt`, `messages`, `schema`, `dialect`, `system`, as `RequestBuilder.build` takes them.
+        options: Any of `pipeline.engine.requests.OPTION_NAMES`, as a batch row has them.
+        is_streamed: Whether text is wanted as it comes; otherwise each answer comes whole.
+        deadline: Seconds from its arrival at the replica after which it is cancelled.
+    """
+
+    request_id: str
+    expert: str
+    fields: Mapping[str, Any]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    is_streamed: bool = False
+    deadline: float | None = None
+
+
+@dataclass(frozen=True)
+class TokenText:
+    """A generated token and its log probability; `top` holds the likeliest ones of that position, best first."""
+
+    text: str
+    utf8: bytes
+    logprob: float
+    top: tuple["TokenText", ...] = ()
+
+
+@dataclass(frozen=True)
+class Started:
+    """The prompt is checked and waits for, or is in, the running batch. The first event, unless it is `Refused`."""
+
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class Delta:
+    """Text that answer `index` has become certain of since its last one, and the log probabilities of its tokens."""
+
+    text: str
+    index: int = 0
+    logprobs: tuple[TokenText, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Ended:
+    """Answer `index` is finished. With finish reason `error`, `code` and `message` say why."""
+
+    finish_reason: FinishReason
+    completion_tokens: int
+    index: int = 0
+    code: str | None = None
+    message: str | None = None
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The request is not answered, and nothing was computed: one of our errors, told by its code."""
+
+    code: str
+    message: str
+    hint: str
+
+
+Event = Started | Delta | Ended | Refused
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """An expert as `GET /v1/models` shows it.
+
+    Args:
+        name: The served name: what a request's `model` says.
+        base: The base model's name.
+        version: The package's version.
+        digest: The package's sha256.
+        kind: `lora`, `dora`, `ia3`, ...
+        description: From the manifest, if it says anything.
+        takes_schema: Whether the expert was made to be given a schema.
+        dialects: The dialects that a request may choose from; the first is its own.
+    """
+
+    name: str
+    base: str
+    version: str
+    digest: str
+    kind: str
+    description: str | None = None
+    takes_schema: bool = False
+    dialects: tuple[str, ...] = ()
+
+
+class Backend(Protocol):
+    """The seam behind the gateway: a Serve deployment in production, an engine in the same process in tests."""
+
+    def ask(self, ask: Ask) -> AsyncIterator[Event]:
+        """Answer: `Started`, then `Delta`s, then one `Ended` for each of the `n` answers; or `Refused` alone.
+
+        Closing the iterator cancels the request within one step of the engine.
+
+        Raises:
+            ExpertError: The replica is gone; nothing more comes.
+        """
+        ...
