@@ -30,7 +30,8 @@
         ├── SlowClientError             a client sends its request, or takes its answer, too slowly
         ├── TooManyRequestsError        a client has too many requests running
         ├── OverloadedError             the service has too many requests waiting
-        └── ReplicaLostError            the process that was answering has died
+        ├── ReplicaLostError            the process that was answering has died
+        └── ShuttingDownError           the service is ending, and takes no more requests
 
 Each says what is wrong, where (`details`, one place a line) and what to do next (`hint`), and carries a stable `code`
 for programs: the same code stands in a batch row's `error` and in an online response.
@@ -247,3 +248,9 @@ class ReplicaLostError(ServeError):
     """The process that was answering has died."""
 
     code = "replica_lost"
+
+
+class ShuttingDownError(ServeError):
+    """The service is ending: what was begun is finished, and nothing more is taken."""
+
+    code = "shutting_down"

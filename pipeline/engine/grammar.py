@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 INSTALL_HINT = 'Install it: pip install "expert-pipeline[grammar]"'
 JSON_OBJECT = Grammar("json_schema", '{"type": "object"}')  # any JSON object
+MAX_WHITESPACE = 20  # in a row between the parts of JSON: a model that knows nothing to say would write it for ever
 NAMES = {"gbnf": "GBNF grammar", "json_schema": "JSON schema", "regex": "regular expression"}
 MAX_COMPILE_SECONDS = 10.0
 MAX_COMPILED_BYTES = 256 << 20  # of one grammar
@@ -161,7 +162,7 @@ class GrammarCompiler:
     def _compile(self, grammar: Grammar) -> Any:
         check_grammar(grammar)
         if grammar.kind == "json_schema":
-            compiled = self._compiler.compile_json_schema(grammar.text)
+            compiled = self._compiler.compile_json_schema(grammar.text, max_whitespace_cnt=MAX_WHITESPACE)
         elif grammar.kind == "regex":
             compiled = self._compiler.compile_regex(grammar.text)
         else:

@@ -34,6 +34,7 @@ def make_api(
     metrics: RequestMetrics | None = None,
     is_ready: Callable[[], Awaitable[bool]] | None = None,
     echoes_request_id: bool = True,
+    in_flight: InFlight | None = None,
 ) -> FastAPI:
     """Make the application.
 
@@ -47,13 +48,14 @@ def make_api(
         metrics: Takes note of every request that asks an expert.
         is_ready: Whether the backend can answer now, for `GET /ready`; None where it always can.
         echoes_request_id: Whether responses carry `x-request-id`; not where the server in front adds it.
+        in_flight: Counts requests; None for a counter of the application's own.
     """
     limits = limits or LimitsConfig()
     service = Service(
         backend=backend,
         models={card.name: card for card in models},
         limits=limits,
-        in_flight=InFlight(limits),
+        in_flight=in_flight or InFlight(limits),
         metrics=metrics,
         log_prompts=log_prompts,
     )

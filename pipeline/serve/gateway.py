@@ -15,6 +15,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from pipeline.errors import ExpertError, OverloadedError, ReplicaLostError, ServeError
 from pipeline.serve.api import make_api
 from pipeline.serve.config import ServeConfig
+from pipeline.serve.in_flight import InFlight
 from pipeline.serve.keys import KeyRing
 from pipeline.serve.limits import LimitsConfig
 from pipeline.serve.messages import Ask, Delta, Ended, Event, ModelCard
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 MAX_ATTEMPTS = 5
 RETRY_SECONDS = 0.1  # before the second attempt; twice as long before each further one
 READY_SECONDS = 2.0
+DRAIN_LOOK_SECONDS = 0.25
 MAX_ONGOING_REQUESTS = 100_000  # more than ever come: what is too much the gateway refuses itself, in its own words
 
 
@@ -139,6 +141,8 @@ def gateway_deployment(
         num_replicas=config.gateways,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=config.replicas.drain_seconds,  # as long as what it passes on may take
+        graceful_shutdown_wait_loop_s=DRAIN_LOOK_SECONDS,
     )
     return deployment.bind(job, dict(replicas))
 
@@ -158,6 +162,7 @@ class Gateway:
         _log_with_serve()
         self._job = job
         self._backend = HandleBackend(handles)
+        self._in_flight = InFlight(job.limits)
         # The first call of a handle takes seconds; they pass while the replicas are loading.
         self._warming = asyncio.create_task(self._backend.warm_up())
 
@@ -173,7 +178,16 @@ class Gateway:
             metrics=GatewayMetrics(),
             is_ready=self._backend.is_ready,
             echoes_request_id=False,  # Serve's proxy does
+            in_flight=self._in_flight,
         )
+
+    async def close(self) -> None:
+        """Refuse what comes from now on, and finish what was begun."""
+        self._in_flight.close()
+
+    async def num_in_flight(self) -> int:
+        """How many requests are not answered yet."""
+        return self._in_flight.total
 
 
 @asynccontextmanager

@@ -25,6 +25,7 @@ _STATUSES: Mapping[type[errors.ExpertError], int] = {
     errors.TooManyRequestsError: 429,
     errors.OverloadedError: 429,
     errors.ReplicaLostError: 503,
+    errors.ShuttingDownError: 503,
 }
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 # The words of an error of ours that a client must not see: they may name a file or a host.

@@ -4,12 +4,12 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pipeline.errors import OverloadedError, TooManyRequestsError
+from pipeline.errors import OverloadedError, ShuttingDownError, TooManyRequestsError
 from pipeline.serve.limits import LimitsConfig
 
 
 class InFlight:
-    """Counts requests from their first byte to their last.
+    """Counts requests from their first byte to their last, and lets no more in when it is told so.
 
     Args:
         limits: Its `max_requests` and `max_requests_per_key`.
@@ -19,6 +19,11 @@ class InFlight:
         self.total = 0
         self._of_client: Counter[str] = Counter()
         self._limits = limits
+        self._is_closed = False
+
+    def close(self) -> None:
+        """Let nobody else in; those there are stay."""
+        self._is_closed = True
 
     @contextmanager
     def entered(self, client: str | None) -> Iterator[None]:
@@ -28,9 +33,12 @@ class InFlight:
             client: The client's name; None where no key is needed, and only the total counts.
 
         Raises:
+            ShuttingDownError: Nobody is let in any more.
             OverloadedError: There are too many.
             TooManyRequestsError: This client has too many.
         """
+        if self._is_closed:
+            raise ShuttingDownError("the service is ending", hint="Ask again in a moment, or another one.")
         if client is not None and self._of_client[client] >= self._limits.max_requests_per_key:
             raise TooManyRequestsError(
                 f"{self._limits.max_requests_per_key} requests of this API key are running and waiting",

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from pipeline.engine import LoadedExpert, Request, SamplingParams, load_expert
 from pipeline.engine.choose import choose_tokens_
-from pipeline.engine.grammar import JSON_OBJECT, GrammarCompiler
+from pipeline.engine.grammar import JSON_OBJECT, MAX_WHITESPACE, GrammarCompiler
 from pipeline.engine.grammar_matcher import GrammarMatcher, TokenSet, mask_grammars_, unpack
 from pipeline.engine.sequence import Sequence, start
 from pipeline.engine.stopping import StopRules
@@ -290,6 +290,14 @@ def test_any_json_object_is_one(compiler: GrammarCompiler) -> None:
     assert matcher.accepts('{"a": [1, {"b": null}], "c": "é"}')
     assert not matcher.accepts("[1]")
     assert not matcher.accepts('{"a": 1')
+
+
+@pytest.mark.parametrize("schema", ['{"type": "object"}', '{"properties": {"a": {"const": 1}}, "required": ["a"]}'])
+def test_a_schema_lets_json_be_indented_but_not_for_ever(compiler: GrammarCompiler, schema: str) -> None:
+    matcher = compiler.matcher(Grammar("json_schema", schema), SamplingParams())
+    for space in ("", " ", "\n  ", "\n" + " " * (MAX_WHITESPACE - 1)):
+        assert matcher.accepts(f'{{{space}"a":{space}1{space}}}')
+    assert not matcher.accepts('{"a":' + " " * (MAX_WHITESPACE + 1) + "1}")
 
 
 @pytest.mark.skipif(not UPSTREAM.exists(), reason="the published grammar is not here")
