@@ -33,6 +33,36 @@ def test_its_python_runs(code: str, tmp_path: Path) -> None:
             assert f"age > {age}" in done.stdout
 
 
+def test_its_service_answers_its_questions() -> None:
+    (command,) = (line for line in CONSOLE.splitlines() if line.startswith("expert serve "))
+    (curl,) = (code for language, code in BLOCKS if language == "console" and code.startswith("curl "))
+    (client,) = (code for language, code in BLOCKS if language == "py")
+    environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_AUTH_MODE")}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    with subprocess.Popen(
+        ["/bin/sh", "-c", f"exec {command} --port 0"],
+        cwd=PROJECT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as service:
+        try:
+            assert service.stdout is not None
+            address = next(
+                found[0]
+                for line in iter(service.stdout.readline, "")
+                if (found := re.findall(r"http://127\.0\.0\.1:\d+", line))
+            )
+            for program in (["/bin/sh", "-c", curl], [sys.executable, "-c", client]):
+                asked = [part.replace("http://127.0.0.1:8000", address) for part in program]
+                done = subprocess.run(asked, capture_output=True, text=True, timeout=60, check=False)
+                assert "SELECT city, COUNT(*) FROM users GROUP BY city" in done.stdout, done.stderr
+        finally:
+            service.terminate()
+            service.wait(60)
+
+
 def test_it_has_code_to_run() -> None:
     assert len(PYTHON) >= 2
     assert len(PYTHON[0].splitlines()) <= 14
