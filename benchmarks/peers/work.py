@@ -60,7 +60,7 @@ def peak_bytes() -> int:
     Pages that two processes share count twice.
     """
     total = 0
-    for process in _own_processes():
+    for process in own_processes():
         with contextlib.suppress(OSError):  # it ended meanwhile
             lines = (process / "status").read_text().splitlines()
             total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
@@ -75,14 +75,14 @@ def cpu_seconds() -> tuple[float, float]:
     except OSError:
         return 0.0, 0.0
     own = 0
-    for process in _own_processes():
+    for process in own_processes():
         with contextlib.suppress(OSError):
             fields = (process / "stat").read_text().rpartition(")")[2].split()
             own += sum(map(int, fields[11:15]))  # utime, stime, and those of children that ended
     return (user + nice + system) / ticks, own / ticks
 
 
-def _own_processes() -> list[Path]:
+def own_processes() -> list[Path]:
     """This process and all that it started, as directories of /proc."""
     children: dict[str, list[str]] = {}
     for process in Path("/proc").glob("[0-9]*"):

@@ -1,0 +1,1 @@
+"""Programs that `benchmarks.serve` starts in processes of their own."""
