@@ -15,12 +15,11 @@ from pipeline.package import ExpertPackage, model_digest, open_package, resolve_
 from pipeline.package.download import is_url
 from pipeline.serve.cards import model_card
 from pipeline.serve.config import AUTO, ServeConfig, check_exposure
-from pipeline.serve.gateway import gateway_deployment
+from pipeline.serve.gateway import DRAIN_LOOK_SECONDS, gateway_deployment
 from pipeline.serve.messages import ModelCard
 from pipeline.serve.replica import ExpertReplica, ReplicaJob, StagedExpert
 
 HEALTH_SECONDS = 5.0
-DRAIN_LOOK_SECONDS = 0.25
 MOST_STARTS = 3  # of replicas that fail while they start: it is nearly always the configuration
 
 

@@ -1,11 +1,15 @@
 """Reading a request's body, bounded in bytes and in time."""
 
 import asyncio
+from contextlib import suppress
 
 from starlette.types import Receive, Scope
 
 from pipeline.errors import BodyTooLargeError, InvalidRequestError, SlowClientError
 from pipeline.serve.limits import LimitsConfig
+
+LINGER_SECONDS = 1.0
+LINGER_BYTES = 16 << 20
 
 
 class ClientGoneError(Exception):
@@ -50,6 +54,22 @@ async def read_body(scope: Scope, receive: Receive, limits: LimitsConfig) -> byt
         raise SlowClientError(
             f"the body was not there after {limits.body_seconds:g} seconds", hint="Send it faster, or less of it."
         ) from error
+
+
+async def drop_rest(receive: Receive) -> None:
+    """Take what is left of a body that is refused, within bounds, and drop it.
+
+    A connection that is closed while its client still sends is reset, and the client may never see the response: see
+    RFC 9112, section 9.6.
+    """
+    dropped = 0
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_SECONDS):
+            while dropped < LINGER_BYTES:
+                message = await receive()
+                dropped += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
 
 
 _TYPE_HINT = "Send JSON, with the header Content-Type: application/json."

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from starlette.types import Message, Receive, Scope, Send
 
 from pipeline.errors import (
+    BodyTooLargeError,
     DeadlineError,
     ExpertError,
     InferenceError,
@@ -20,7 +21,7 @@ from pipeline.errors import (
     SlowClientError,
     UnknownModelError,
 )
-from pipeline.serve.bodies import ClientGoneError, read_body
+from pipeline.serve.bodies import ClientGoneError, drop_rest, read_body
 from pipeline.serve.guard import CLIENT, REQUEST_ID, send_error, send_json
 from pipeline.serve.http_errors import HttpError, coded_error, http_error
 from pipeline.serve.in_flight import InFlight
@@ -235,7 +236,16 @@ class _Exchange:
             await self._send_part(error_event(error), is_last=True)
         else:
             self._status = error.status
-            await send_error(self._send, error)
+            await send_error(self._send if error.code != BodyTooLargeError.code else self._send_and_linger, error)
+
+    async def _send_and_linger(self, message: Message) -> None:
+        """Send, and end the response only when the client has sent all, or enough."""
+        if message["type"] != "http.response.body":
+            await self._send(message)
+            return
+        await self._send({**message, "more_body": True})
+        await drop_rest(self._receive)
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_part(self, part: bytes, *, is_last: bool = False) -> None:
         if not self._has_begun:

@@ -79,16 +79,19 @@ class HandleBackend:
         until = None if ask.deadline is None else time.monotonic() + ask.deadline
         for attempt in range(1, MAX_ATTEMPTS + 1):
             left = None if until is None else max(until - time.monotonic(), 0.0)
-            has_text = False
+            has_text = has_ended = False
             try:
                 async with _cancelled_at_end(self._handles[ask.expert].remote(replace(ask, deadline=left))) as arriving:
                     async for events in arriving:
                         for event in events:
                             has_text = has_text or isinstance(event, Delta | Ended)
+                            has_ended = has_ended or isinstance(event, Ended)
                             yield event
             except BackPressureError as error:
                 raise OverloadedError("too many requests wait for a replica", hint="Ask again in a moment.") from error
             except (ExpertError, RayError, RayServeException) as error:
+                if has_ended:  # a replica tells all ends together, and last: nothing of the answer is lost
+                    return
                 if _is_own_mistake(error):
                     raise ServeError(f"the replica failed: {error}", hint="See its log.") from error
                 if has_text or attempt == MAX_ATTEMPTS:

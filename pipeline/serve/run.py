@@ -10,7 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from pipeline.errors import ConfigError, ServeError
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 APPLICATION = "expert"
 READY_SECONDS = 120.0
 LOOK_SECONDS = 0.1
+CALL_SECONDS = 10.0
 ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -83,7 +84,7 @@ def run_service(config: ServeConfig, say: Callable[[str], None], phases: StartPh
                 say(f"{_url(config.host, port)}  {', '.join(card.name for card in plan.cards)}  ({phases})")
                 is_ended.wait()
             say("ending: what was begun is finished first; again to end at once")
-            _drain()
+            _drain(config)
         finally:
             with native_output_dropped():
                 ray.shutdown()
@@ -113,7 +114,7 @@ def _deploy(plan: "ServicePlan", port: int, phases: StartPhases) -> None:
     phases.done("first response")
     for group in plan.groups:
         handle = serve.get_deployment_handle(group.name, APPLICATION)
-        own = handle.phases.remote().result(timeout_s=LOOK_SECONDS * 100)
+        own = handle.phases.remote().result(timeout_s=CALL_SECONDS)
         phases.seconds |= {f"of a replica: {name}": seconds for name, seconds in own.items()}
         break
 
@@ -164,11 +165,24 @@ def _ended_by_signal() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _drain() -> None:
-    """Take no more requests, and wait until those there are are answered. Serve itself ends with Ray."""
+def _drain(config: ServeConfig) -> None:
+    """Refuse what comes from now on, and wait until what was begun is answered. Serve itself ends with Ray."""
     from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
 
-    serve.delete(APPLICATION)
+    if config.gateways > 1:  # a call reaches one of them: Serve drains them, and its proxy has the words
+        with suppress(TimeoutError):
+            serve.delete(APPLICATION)
+        return
+    until = time.monotonic() + config.replicas.drain_seconds
+    num_idle = 0
+    with suppress(TimeoutError, RayError, RayServeException):  # a gateway that is gone has nothing to finish
+        gateway = serve.get_app_handle(APPLICATION)
+        gateway.close.remote().result(timeout_s=CALL_SECONDS)
+        while num_idle < 2 and time.monotonic() < until:  # twice: the proxy passes the last bytes on after the gateway
+            num_idle = 0 if gateway.num_in_flight.remote().result(timeout_s=CALL_SECONDS) else num_idle + 1
+            time.sleep(LOOK_SECONDS)
 
 
 def _url(host: str, port: int) -> str:
