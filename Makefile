@@ -42,7 +42,7 @@ bench: $(STAMP)  ## compare the engines with stock generate and, after bench-pee
 	  $(if $(wildcard $(PEERS)/bin/python),--peer vllm=$(PEERS)/bin/python)
 	$(BIN)/python -m benchmarks.engine --workload mixed-experts-3,mixed-experts-30 \
 	  --peers thirty-lines,packed-merged,packed --json build/bench/experts.json
-	$(BIN)/python -m benchmarks.engine --single --swap --json build/bench/single.json
+	$(BIN)/python -m benchmarks.engine --single --swap --profile --json build/bench/single.json
 
 bench-serve: $(STAMP)  ## compare the service with generate behind FastAPI, transformers serve and, after bench-peers, vLLM (an hour)
 	$(BIN)/python -m benchmarks.serve --json build/bench/serve.json \

@@ -2,7 +2,7 @@
 
 python -m benchmarks.engine --workload shared-schema --peers thirty-lines,sorted,packed
 python -m benchmarks.engine --workload mixed-experts-30 --peers thirty-lines,packed-merged,packed
-python -m benchmarks.engine --single --swap
+python -m benchmarks.engine --single --swap --profile
 python -m benchmarks.engine --peer vllm=build/peers/bin/python --peers thirty-lines,vllm,packed --json out.json
 """
 
@@ -17,10 +17,10 @@ from rich.console import Console
 from benchmarks.experts import make_experts
 from benchmarks.floor import TOKENS, measure_floor
 from benchmarks.machine import describe, one_line
-from benchmarks.measure import Measurement, measure, measure_swap
+from benchmarks.measure import Measurement, measure, measure_profile, measure_swap
 from benchmarks.models import SHAPES, make_model
 from benchmarks.registry import PEERS
-from benchmarks.report import print_table, rows_of, write_json
+from benchmarks.report import print_profile, print_table, rows_of, write_json
 from benchmarks.workloads import WORKLOADS, make_workload
 
 DEFAULT_PEERS = "thirty-lines,sorted,transformers-cb,padded,packed"
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     failed = False
     names = [name for name in (options.workload or "").split(",") if name] + ["single"] * options.single
-    for name in names or ([] if options.swap else ["shared-schema"]):
+    for name in names or ([] if options.swap or options.profile else ["shared-schema"]):
         workload = make_workload(name, rows=options.rows, vocab_size=SHAPES[options.model]["vocab_size"])
         experts = make_experts(model, 1 + max(row.expert or 0 for row in workload.rows)) if workload.num_experts else []
         measurements: list[Measurement] = []
@@ -92,8 +92,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             console.print(f"{key}: {value if key == 'error' else f'{value:.3f}'}", markup=False, highlight=False)
         report["swap"] = swap
         failed |= "error" in swap
-        if options.json:
-            write_json(options.json, report)
+    if options.profile:
+        workload = make_workload("shared-schema", vocab_size=SHAPES[options.model]["vocab_size"])
+        profile = measure_profile(workload, model=model, dtype=options.dtype)
+        if "error" in profile:
+            console.print(f"profile: {profile['error']}", markup=False, highlight=False)
+        else:
+            for step in profile.values():
+                step["floor_seconds"] = floor.step_seconds(options.model, step["tokens"], step["rows"])
+            print_profile(profile, f"{options.model}, {options.dtype}; {one_line(machine)}", console)
+        report["profile"] = profile
+        failed |= "error" in profile
+    if options.json:
+        write_json(options.json, report)
     return int(failed)
 
 
@@ -113,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--peers", help=f"with commas: {', '.join(PEERS)}; left out: {DEFAULT_PEERS}")
     parser.add_argument("--single", action="store_true", help=f"the workload single, too, by {SINGLE_PEERS}")
     parser.add_argument("--swap", action="store_true", help="measure, too, what changing the expert costs")
+    parser.add_argument("--profile", action="store_true", help="measure, too, where the time of a step goes")
     parser.add_argument(
         "--peer", action="append", default=[], type=_interpreter, metavar="NAME=PYTHON", help="vllm=PATH/bin/python"
     )

@@ -46,6 +46,18 @@ class Floor:
         readings = steps * (layers + head) * self.bytes_per_parameter / self.bytes_per_second
         return (prompts + max(products, readings)) / (num_rows if workload.is_one_by_one else 1)
 
+    def step_seconds(self, model: str, num_tokens: int, num_rows: int) -> float:
+        """The least time of the products of one step: all its tokens computed, and all weights read once.
+
+        Args:
+            model: The model's shape, one of `SHAPES`.
+            num_tokens: Tokens of the step.
+            num_rows: Those after which a token is chosen.
+        """
+        layers, head = num_parameters(model)
+        products = 2 * (layers * num_tokens + head * num_rows) / self.flops_per_second
+        return max(products, (layers + head) * self.bytes_per_parameter / self.bytes_per_second)
+
 
 def measure_floor(dtype: str) -> Floor:
     """Measure for about two seconds; the best of several runs counts.

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.registry import SWAP, Peer, environment_of, interpreter_of
+from benchmarks.registry import PROFILE, SWAP, Peer, environment_of, interpreter_of
 from benchmarks.workloads import Workload, make_workload
 
 WARMUP_ROWS = 4
@@ -105,9 +105,27 @@ def measure_swap(
         experts: Two or more folders of `make_experts`.
         timeout: Seconds after which it is ended.
     """
-    python = Path(sys.executable)
-    job = _job(SWAP, workload, model=model, dtype=dtype, experts=experts)
-    status, output, errors = _run_job(SWAP, python, job, timeout)
+    return _last_line(SWAP, _job(SWAP, workload, model=model, dtype=dtype, experts=experts), timeout)
+
+
+def measure_profile(workload: Workload, *, model: Path, dtype: str, timeout: float = 600.0) -> dict[str, Any]:
+    """Where the time of a prefill step and of decode steps goes, by step; see `benchmarks.peers.profile`.
+
+    Args:
+        workload: Its prompts are computed.
+        model: The model's directory.
+        dtype: `"bfloat16"` or `"float32"`.
+        timeout: Seconds after which it is ended.
+
+    Returns:
+        `error` where it could not be measured.
+    """
+    return _last_line(PROFILE, _job(PROFILE, workload, model=model, dtype=dtype, experts=()), timeout)
+
+
+def _last_line(peer: Peer, job: Mapping[str, Any], timeout: float) -> dict[str, Any]:
+    """The JSON that a module of our own prints last, or `error`."""
+    status, output, errors = _run_job(peer, Path(sys.executable), job, timeout)
     if status != 0:
         return {"error": "\n".join(errors.splitlines()[-ERROR_LINES:])}
     result: dict[str, Any] = json.loads(output.strip().splitlines()[-1])

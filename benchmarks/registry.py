@@ -32,6 +32,7 @@ class Peer:
 
 
 SWAP = Peer("swap", "what changing the expert costs", takes_experts=True)
+PROFILE = Peer("profile", "where the time of a step goes")
 PEERS = {
     "thirty-lines": Peer(
         "thirty_lines",

@@ -85,6 +85,27 @@ def print_table(workload: Workload, rows: Sequence[Mapping[str, Any]], about: st
             console.print(f"{row['peer']}: {row['error']}", markup=False, highlight=False)
 
 
+def print_profile(profile: Mapping[str, Mapping[str, Any]], about: str, console: Console) -> None:
+    """Print where the time of each kind of step goes, in milliseconds, beside the least its products can take."""
+    table = Table(title=f"milliseconds of a step\n{about}", title_justify="left")
+    table.add_column("")
+    for name, step in profile.items():
+        table.add_column(f"{name}, {step['tokens']:,} tokens", justify="right")
+    kinds = sorted(
+        {kind for step in profile.values() for kind in step["parts"]},
+        key=lambda kind: -sum(step["parts"].get(kind, 0.0) for step in profile.values()),
+    )
+    for kind in kinds:
+        table.add_row(kind, *(f"{step['parts'].get(kind, 0.0) * 1e3:.1f}" for step in profile.values()))
+    for title, key in (
+        ("all, with modules timed", "profiled_seconds"),
+        ("all, as it is", "seconds"),
+        ("floor", "floor_seconds"),
+    ):
+        table.add_row(title, *(f"{step[key] * 1e3:.1f}" for step in profile.values()), style="bold")
+    console.print(table)
+
+
 def write_json(path: Path, report: Mapping[str, Any]) -> None:
     """Write a report, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)

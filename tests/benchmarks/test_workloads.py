@@ -172,6 +172,15 @@ def test_one_prompt_alone_and_a_change_of_expert(tiny_run: Run) -> None:
     assert swap["same_expert_request_ms"] > 0 < swap["unload_ms"]
 
 
+def test_a_profile_accounts_for_the_whole_step(tiny_run: Run) -> None:
+    profile = tiny_run("--profile")["profile"]
+    assert list(profile) == ["prefill", "decode-1", "decode-16", "decode-64"]
+    for step in profile.values():
+        assert {"products", "output layer", "attention", "norms", "gates"} < step["parts"].keys()
+        assert all(seconds > 0 for seconds in step["parts"].values())
+        assert step["floor_seconds"] > 0 < step["seconds"]
+
+
 @pytest.mark.parametrize("at", [0, 1])
 def test_an_expert_is_what_peft_reads(at: int, tmp_path: Path) -> None:
     """Every tensor finds its place, and changes a weight by about a tenth."""
