@@ -68,7 +68,7 @@ def measure_floor(dtype: str) -> Floor:
     import torch
     from torch import nn
 
-    from pipeline.engine.linear import PackedLinear
+    from pipeline.engine.linear import PackedLinear, can_pack
 
     kind: torch.dtype = getattr(torch, dtype)
     number = _COLD_BYTES // (ROWS * COLUMNS * kind.itemsize)
@@ -77,7 +77,7 @@ def measure_floor(dtype: str) -> Floor:
     num_products = 64 if on_gpu else 8
     linear = nn.Linear(COLUMNS, ROWS, bias=False, dtype=kind, device=device)
     # As the engine does it on a CPU.
-    is_packed = not on_gpu and kind == torch.bfloat16 and torch.backends.mkldnn.is_available()
+    is_packed = not on_gpu and kind == torch.bfloat16 and can_pack()
 
     def layers(num_tokens: int, count: int) -> list[nn.Module]:
         if on_gpu:  # as one: launching so many would take longer than computing them

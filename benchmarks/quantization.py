@@ -134,7 +134,7 @@ def measure_products(dtype: str) -> list[dict[str, Any]]:
     import torch
     from torch import nn
 
-    from pipeline.engine.linear import Int4Linear, Int8Linear, Int8WeightLinear, PackedLinear
+    from pipeline.engine.linear import Int4Linear, Int8Linear, Int8WeightLinear, PackedLinear, can_pack
     from pipeline.engine.quantization import has_int8_products
 
     kind: torch.dtype = getattr(torch, dtype)
@@ -142,7 +142,7 @@ def measure_products(dtype: str) -> list[dict[str, Any]]:
     linear = nn.Linear(INPUTS, OUTPUTS, bias=False).to(kind).requires_grad_(False)
     number = COLD_BYTES // linear.weight.nbytes
     forms: dict[str, Callable[[], nn.Module]] = {dtype: lambda: PackedLinear(linear)}
-    if kind != torch.bfloat16:
+    if kind != torch.bfloat16 or not can_pack():
         forms[dtype] = lambda: _copy(linear)
     if has_int8_products():
         forms["int8"] = lambda: Int8Linear(linear)

@@ -1,5 +1,6 @@
 """A linear layer as the engine computes it: plain, packed for the CPU or quantised, behind one set of functions."""
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,8 +30,20 @@ class FrozenLinear(nn.Module):
         raise NotImplementedError
 
 
+@cache
+def can_pack() -> bool:
+    """Whether this CPU computes on bfloat16 weights in oneDNN's layout; torch refuses where there is no AVX-512."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    try:
+        torch.ops.mkldnn._reorder_linear_weight(torch.zeros(16, 16, dtype=torch.bfloat16), 1)
+    except RuntimeError:
+        return False
+    return True
+
+
 class PackedLinear(FrozenLinear):
-    """A bfloat16 linear layer with its weight in the layout that oneDNN computes in.
+    """A bfloat16 linear layer with its weight in the layout that oneDNN computes in; for CPUs that `can_pack`.
 
     A plain weight is rearranged by oneDNN at every call; at 1 to 32 rows that takes as long as the product itself.
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pipeline.engine.kernels.cpu import Kernels
-from pipeline.engine.linear import PackedLinear
+from pipeline.engine.linear import PackedLinear, can_pack
 from pipeline.engine.loader import BaseModel
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -18,7 +18,7 @@ QUANTIZED_TOLERANCE = 2e-2  # quantised products round their inputs, and a last 
 
 
 def pack_linears(base: BaseModel, num_rows: int) -> None:
-    """Lay the weights of all linear layers out as oneDNN wants them, where that is faster: bfloat16 on the CPU.
+    """Lay the weights of all linear layers out as oneDNN wants them, where that is faster: bfloat16 on CPUs that can.
 
     A head that shares its weight with the embedding stays as it is: it would be in memory twice.
 
@@ -26,7 +26,7 @@ def pack_linears(base: BaseModel, num_rows: int) -> None:
         base: The model, changed in place.
         num_rows: How many tokens a step usually has.
     """
-    if base.device.type != "cpu" or base.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
+    if base.device.type != "cpu" or base.dtype != torch.bfloat16 or not can_pack():
         return
     tied = base.model.get_input_embeddings().weight.data_ptr()
     for name, module in list(base.model.named_modules()):

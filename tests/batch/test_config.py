@@ -68,6 +68,7 @@ def test_defaults() -> None:
         "shard_rows": 256,
         "engine": "packed",
         "batch_size": 128,
+        "quantization": "none",
         "progress_seconds": 5.0,
     }
     assert config.columns == ColumnsConfig()

@@ -161,8 +161,8 @@ def test_mixed_experts_answer_as_peft_merges_them(tiny_run: Run) -> None:
     assert packed["times_packed-merged"] == pytest.approx(merged["seconds"] / packed["seconds"])
 
 
-def test_one_prompt_alone_and_a_change_of_expert(tiny_run: Run) -> None:
-    report = tiny_run("--single", "--swap")
+def test_one_prompt_alone_a_change_of_expert_and_where_time_goes(tiny_run: Run) -> None:
+    report = tiny_run("--single", "--swap", "--profile")
     (workload,) = report["workloads"]
     assert [row["peer"] for row in workload["peers"]] == ["thirty-lines", "packed-no-bank", "packed"]
     assert all(row["same_answers"] == 1.0 for row in workload["peers"])
@@ -170,12 +170,8 @@ def test_one_prompt_alone_and_a_change_of_expert(tiny_run: Run) -> None:
     swap = report["swap"]
     assert 0 < swap["resident_load_ms"] < swap["cold_load_ms"]
     assert swap["same_expert_request_ms"] > 0 < swap["unload_ms"]
-
-
-def test_a_profile_accounts_for_the_whole_step(tiny_run: Run) -> None:
-    profile = tiny_run("--profile")["profile"]
-    assert list(profile) == ["prefill", "decode-1", "decode-16", "decode-64"]
-    for step in profile.values():
+    assert list(report["profile"]) == ["prefill", "decode-1", "decode-16", "decode-64"]
+    for step in report["profile"].values():
         assert {"products", "output layer", "attention", "norms", "gates"} < step["parts"].keys()
         assert all(seconds > 0 for seconds in step["parts"].values())
         assert step["floor_seconds"] > 0 < step["seconds"]

@@ -7,6 +7,7 @@ import pytest
 
 from pipeline import demo
 from pipeline.demo.questions import write_questions
+from tests.e2e.heads import Head, ray_head
 
 ROWS = 200
 
@@ -22,6 +23,13 @@ def cluster() -> Iterator[None]:
         connect("local")
         yield
         ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    """A cluster of its own, for what is submitted and deployed from outside."""
+    with ray_head(tmp_path_factory.mktemp("head")) as started:
+        yield started
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,71 @@
+"""`configs/serve.yaml` as what it is, an ordinary Serve config file: `serve deploy` and `serve run` take it."""
+
+import json
+import signal
+import subprocess
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline import demo
+from tests.e2e.heads import Head
+from tests.e2e.processes import BIN, PROJECT, run, running, wait_until
+from tests.e2e.serving import SCHEMA, SECONDS, free_port
+
+ANSWER = "SELECT city, COUNT(*) FROM users GROUP BY city"
+
+
+def own_file(folder: Path, port: int) -> Path:
+    """The project's file with what everyone has to change: the packages, the base model, the port."""
+    content = yaml.safe_load((PROJECT / "configs/serve.yaml").read_text())
+    content["http_options"]["port"] = port
+    (application,) = content["applications"]
+    application["args"] |= {
+        "experts": [{"package": str(demo.package("sql")), "name": "sql", "pin": True}],
+        "base_model": str(demo.BASE_MODEL),
+        "port": port,
+    }
+    path = folder / "serve.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def answer(port: int) -> str | None:
+    """What the service says to a question; None while it does not."""
+    body = {"model": "sql", "prompt": "How many users are there per city?", "schema": SCHEMA}
+    request = urllib.request.Request(  # loopback
+        f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=SECONDS) as response:  # noqa: S310  # loopback
+            text: str = json.load(response)["choices"][0]["text"]
+            return text
+    except (urllib.error.URLError, OSError):
+        return None
+
+
+def serve(head: Head, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return run([BIN / "serve", *arguments, "--address", head.dashboard], seconds=120, more=head.token)
+
+
+@pytest.mark.timeout(400)
+def test_serve_deploy_and_serve_run_take_the_projects_file(head: Head, tmp_path: Path) -> None:
+    port = free_port()
+    path = own_file(tmp_path, port)
+    deployed = serve(head, "deploy", str(path))
+    assert deployed.returncode == 0, deployed.stdout + deployed.stderr
+    assert wait_until(lambda: answer(port) == ANSWER, seconds=90), serve(head, "status").stdout
+    ended = serve(head, "shutdown", "-y")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert wait_until(lambda: answer(port) is None, seconds=60)
+
+    log = tmp_path / "log"
+    with running([BIN / "serve", "run", path, "--address", head.address], log, more=head.token) as process:
+        assert wait_until(lambda: answer(port) == ANSWER or process.poll() is not None, seconds=90), log.read_text()
+        assert process.poll() is None, log.read_text()
+        process.send_signal(signal.SIGINT)
+        process.wait(SECONDS)
+    assert answer(port) is None
