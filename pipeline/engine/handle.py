@@ -87,8 +87,12 @@ class Handle:
             for piece in pieces:
                 yield piece
 
-    async def gathered(self) -> AsyncGenerator[list[Piece], None]:
-        """The pieces as they come, each time all that have come since the last: a slow reader is told less often."""
+    async def gathered(self, *, pace: float = 0.0) -> AsyncGenerator[list[Piece], None]:
+        """The pieces as they come, each time all that have come since the last: a slow reader is told less often.
+
+        Args:
+            pace: The least seconds from one time to the next, but for the last pieces, which come at once.
+        """
         loop = asyncio.get_running_loop()
         pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
 
@@ -98,12 +102,18 @@ class Handle:
 
         with self._listening(listen):
             is_over = False
+            next_at = loop.time()
             while not is_over:
                 told = [await pieces.get()]
+                with suppress(TimeoutError):
+                    async with asyncio.timeout_at(next_at):
+                        while told[-1] is not None:
+                            told.append(await pieces.get())
                 while not pieces.empty():
                     told.append(pieces.get_nowait())
                 is_over = told[-1] is None
                 if given := [piece for piece in told if piece is not None]:
+                    next_at = loop.time() + pace
                     yield given
         self._raise_failure()
 

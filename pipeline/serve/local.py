@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+PIECE_SECONDS = 0.03  # the least between two pieces of a stream: every trip to another process has its price
+
 
 @dataclass(frozen=True)
 class AskTimes:
@@ -171,7 +173,7 @@ class LocalBackend:
 
     async def _stream(self, run: "_Run", handle: "Handle") -> AsyncGenerator[list[Event], None]:
         texts = TokenTexts(self._token_bytes)
-        async with aclosing(handle.gathered()) as gathered:
+        async with aclosing(handle.gathered(pace=PIECE_SECONDS)) as gathered:
             while (pieces := await run.next_of(gathered)) is not None:
                 yield [
                     Delta(piece.text, piece.index, texts.of(piece.index, piece.text, piece.logprobs))

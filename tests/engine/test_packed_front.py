@@ -16,7 +16,7 @@ from pipeline.engine import Request, SamplingParams
 from pipeline.engine.packed import Handle, PackedEngine, Piece
 from pipeline.engine.runtime import load_engine
 from pipeline.engine.step_engine import StepEngine
-from pipeline.engine.types import Grammar
+from pipeline.engine.types import Completion, Grammar
 from pipeline.errors import GrammarError, InferenceError
 from tests import tiny
 
@@ -213,6 +213,29 @@ def test_handles_are_awaited_and_iterated_by_coroutines(shared: PackedEngine) ->
         return dict(await asyncio.gather(*map(ask, asked)))
 
     assert asyncio.run(ask_all()) == wanted
+
+
+def test_a_paced_stream_gathers_what_comes_between_and_ends_at_once() -> None:
+    """The pace is an hour: the first piece and the last are not kept for it, or this would not end."""
+    handle = Handle(Request("a", (7,), SamplingParams(max_tokens=4)), lambda _: None)
+    words = [Piece(word, (at,)) for at, word in enumerate(["each", "of", "these", "words"])]
+
+    async def read() -> list[list[Piece]]:
+        found: list[list[Piece]] = []
+        handle.tell(words[0])
+        async for pieces in handle.gathered(pace=3600.0):
+            found.append(pieces)
+            if len(found) == 1:
+                asyncio.get_running_loop().call_later(0.02, handle.tell, words[1])
+                asyncio.get_running_loop().call_later(0.04, finish)
+        return found
+
+    def finish() -> None:
+        for word in words[2:]:
+            handle.tell(word)
+        handle.finish(Completion("a", "each of these words", "stop", 1, 4))
+
+    assert asyncio.run(read()) == [words[:1], words[1:]]
 
 
 def test_who_gives_up_awaiting_harms_nobody(shared: PackedEngine) -> None:
