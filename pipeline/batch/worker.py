@@ -120,10 +120,11 @@ class ShardWorker:
 def _load(job: WorkerJob) -> "LoadedExpert":
     import torch
 
+    from pipeline.engine.loader import useful_threads
     from pipeline.engine.runtime import load_expert
 
     if job.num_threads is not None:
-        torch.set_num_threads(min(job.num_threads, os.cpu_count() or 1))
+        torch.set_num_threads(useful_threads(Path(job.base_path), min(job.num_threads, os.cpu_count() or 1)))
     package = open_package(job.package, cache_dir=None if job.cache_dir is None else Path(job.cache_dir))
     if package.digest != job.package_sha256:
         raise IntegrityError(

@@ -87,11 +87,11 @@ class Handle:
             for piece in pieces:
                 yield piece
 
-    async def gathered(self, *, pace: float = 0.0) -> AsyncGenerator[list[Piece], None]:
+    async def gathered(self, pace: Callable[[], float] = lambda: 0.0) -> AsyncGenerator[list[Piece], None]:
         """The pieces as they come, each time all that have come since the last: a slow reader is told less often.
 
         Args:
-            pace: The least seconds from one time to the next, but for the last pieces, which come at once.
+            pace: The least seconds from one time to the next, asked for at each; the last pieces come at once.
         """
         loop = asyncio.get_running_loop()
         pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
@@ -113,7 +113,7 @@ class Handle:
                     told.append(pieces.get_nowait())
                 is_over = told[-1] is None
                 if given := [piece for piece in told if piece is not None]:
-                    next_at = loop.time() + pace
+                    next_at = loop.time() + pace()
                     yield given
         self._raise_failure()
 

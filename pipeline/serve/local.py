@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-PIECE_SECONDS = 0.03  # the least between two pieces of a stream: every trip to another process has its price
+PIECE_SECONDS = 0.03  # the least between two pieces of a stream
+PIECES_PER_SECOND = 200  # of all streams: each piece takes the gateway and the proxy a millisecond or two
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class LocalBackend:
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="expert-build")
         self._compiler = ThreadPoolExecutor(4, thread_name_prefix="expert-grammar")
         self._token_bytes = TokenBytes(experts.engine.tokenizer)
+        self._num_streams = 0
 
     @property
     def cards(self) -> tuple[ModelCard, ...]:
@@ -115,9 +117,13 @@ class LocalBackend:
             started = Started(run.prompt_tokens)
             if ask.is_streamed:
                 yield [started]
-                async with aclosing(self._stream(run, handle)) as stream:
-                    async for events in stream:
-                        yield events
+                self._num_streams += 1
+                try:
+                    async with aclosing(self._stream(run, handle)) as stream:
+                        async for events in stream:
+                            yield events
+                finally:
+                    self._num_streams -= 1
             else:
                 completions = await run.result(handle)
                 yield [started, *(event for one in completions for event in self._whole(run, one))]
@@ -171,9 +177,13 @@ class LocalBackend:
             )
         return request
 
+    def _pace(self) -> float:
+        """Seconds between two pieces of a stream: the more streams there are, the larger their pieces."""
+        return max(PIECE_SECONDS, self._num_streams / PIECES_PER_SECOND)
+
     async def _stream(self, run: "_Run", handle: "Handle") -> AsyncGenerator[list[Event], None]:
         texts = TokenTexts(self._token_bytes)
-        async with aclosing(handle.gathered(pace=PIECE_SECONDS)) as gathered:
+        async with aclosing(handle.gathered(self._pace)) as gathered:
             while (pieces := await run.next_of(gathered)) is not None:
                 yield [
                     Delta(piece.text, piece.index, texts.of(piece.index, piece.text, piece.logprobs))

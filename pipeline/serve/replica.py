@@ -155,13 +155,15 @@ class ExpertReplica:
         started = time.monotonic()
         import torch
 
+        from pipeline.engine.loader import useful_threads
         from pipeline.engine.runtime import open_experts
         from pipeline.serve.local import LocalBackend
 
         started = self._note("imports", started)
         num_cores = os.cpu_count() or 1
         # Ray tells the libraries to use the cores that an actor reserves, one unless told otherwise.
-        torch.set_num_threads(min(job.num_threads or max(1, num_cores // job.num_sharing), num_cores))
+        share = useful_threads(Path(job.base_path), max(1, num_cores // job.num_sharing))
+        torch.set_num_threads(min(job.num_threads or share, num_cores))
         packages = {expert.name: open_staged(expert, job.cache_dir) for expert in job.experts}
         started = self._note("packages", started)
         experts = open_experts(

@@ -223,7 +223,7 @@ def test_a_paced_stream_gathers_what_comes_between_and_ends_at_once() -> None:
     async def read() -> list[list[Piece]]:
         found: list[list[Piece]] = []
         handle.tell(words[0])
-        async for pieces in handle.gathered(pace=3600.0):
+        async for pieces in handle.gathered(lambda: 3600.0):
             found.append(pieces)
             if len(found) == 1:
                 asyncio.get_running_loop().call_later(0.02, handle.tell, words[1])
