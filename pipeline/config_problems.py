@@ -173,7 +173,8 @@ def _path_in(given: Any, location: tuple[str | int, ...], *, is_missing: bool) -
         if is_item or (isinstance(value, Mapping) and part in value):
             value = value[part]
             path.append(part)
-    return (*path, location[-1]) if is_missing else tuple(path)
+    is_absent = is_missing and location[-1:] != tuple(path[-1:])  # a key that is there with nothing in it is not
+    return (*path, location[-1]) if is_absent else tuple(path)
 
 
 def _value(given: Any, path: KeyPath) -> Any:

@@ -21,7 +21,9 @@
     │   ├── DatasetError                the dataset cannot be found or read
     │   ├── OutputError                 the output cannot be written
     │   │   └── FingerprintError        the output belongs to a job with another configuration
-    │   └── JobFailedError              workers failed; what is committed stays
+    │   ├── JobFailedError              workers failed; what is committed stays
+    │   ├── TooManyErrorsError          more rows have errors than the job allows
+    │   └── WorkerLostError             a shard ends its workers again and again
     └── ServeError                      an online request is refused, or its answer is lost
         ├── AuthenticationError         no API key, or one that is not known
         ├── UnknownRouteError           nothing is served there, or not to that method
@@ -194,6 +196,18 @@ class JobFailedError(BatchError):
     """Workers failed; what is committed stays, and the same command continues."""
 
     code = "job_failed"
+
+
+class TooManyErrorsError(BatchError):
+    """More rows have errors than the job allows; what is committed stays."""
+
+    code = "too_many_errors"
+
+
+class WorkerLostError(BatchError):
+    """A shard ends its workers again and again, whichever of its rows they answer."""
+
+    code = "worker_lost"
 
 
 class ServeError(ExpertError):

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from pipeline.batch.sampling_config import SamplingColumnsConfig, SamplingConfig
 from pipeline.config_fields import STRICT, DtypeName, PathText, RayQuantity, Text, path_text, section
@@ -41,6 +42,7 @@ class ColumnsConfig(BaseModel):
         None, description="Column with the dialect that goes with the schema, such as postgres."
     )
     expected: Text | None = Field(None, description="Column with the right answer, to be compared with the given one.")
+    expert: Text | None = Field(None, description="Column with the name of the expert, of `experts`, that answers.")
     sampling: Annotated[SamplingColumnsConfig, BeforeValidator(section)] = Field(
         default_factory=SamplingColumnsConfig, description="Columns with a row's own sampling options."
     )
@@ -62,8 +64,15 @@ class BatchConfig(BaseModel):
     format: Literal["parquet", "jsonl", "csv"] | None = Field(
         None, description="Format of the input files; left out, their file names tell."
     )
-    expert: PathText = Field(
-        description="Path or URL of the expert package.", json_schema_extra={"expected": "a path or URL of a package"}
+    experts: Annotated[dict[Text, PathText], BeforeValidator(section)] = Field(
+        default_factory=dict,
+        description="Experts that rows name in a column, over one base model: from the name to a path or URL.",
+    )
+    expert: PathText | None = Field(
+        None,
+        validate_default=True,
+        description="Path or URL of the expert package; beside `experts`, that of the rows that name none.",
+        json_schema_extra={"expected": "a path or URL of a package"},
     )
     base_model: PathText | None = Field(
         None, description="Path or Hugging Face id of the base model; left out, the package's manifest names it."
@@ -102,6 +111,9 @@ class BatchConfig(BaseModel):
     num_workers: int | None = Field(
         None, ge=1, description="Workers; left out, one for each GPU of the cluster, or one where there is none."
     )
+    max_workers: int | None = Field(
+        None, ge=1, description="Workers are added up to this many while shards wait; left out, there are num_workers."
+    )
     num_gpus: RayQuantity | None = Field(
         None,
         description="GPUs of each worker, a fraction to share one; left out, 1 where the cluster has GPUs, else 0.",
@@ -113,6 +125,12 @@ class BatchConfig(BaseModel):
         "packed", description="What computes: packed is fast; padded runs models that packed refuses."
     )
     batch_size: int = Field(128, ge=1, description="At most this many sequences are answered together.")
+    shards_in_flight: int | None = Field(
+        None,
+        ge=1,
+        le=64,
+        description="Shards that a worker answers at a time; left out, 2 to 8, as many as keep its batch full.",
+    )
     max_batch_tokens: int | None = Field(
         None,
         ge=1,
@@ -143,6 +161,37 @@ class BatchConfig(BaseModel):
     progress_seconds: float = Field(
         5.0, gt=0, allow_inf_nan=False, description="Seconds between two progress lines in a log."
     )
+    max_errors: int | None = Field(
+        None, ge=0, description="The job stops when more rows than this have errors; left out, it never does."
+    )
+    max_error_rate: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="The job stops when more than this share of the rows has errors, judged from 100 rows on.",
+    )
+    progress_timeout: float = Field(
+        600.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="A worker that has rows to answer and does nothing for so many seconds is ended and replaced.",
+    )
+
+    @field_validator("expert")
+    @classmethod
+    def _some_expert(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None and info.data.get("experts") == {}:
+            raise PydanticCustomError("missing", "Field required")
+        return value
+
+    @field_validator("max_workers")
+    @classmethod
+    def _not_fewer(cls, value: int | None, info: ValidationInfo) -> int | None:
+        fewest = info.data.get("num_workers") or 1
+        if value is not None and value < fewest:
+            raise PydanticCustomError("max_workers", f"expected at least num_workers, which is {fewest}, got {value}")
+        return value
 
     @classmethod
     def from_options(cls, **options: Any) -> Self:
@@ -176,6 +225,7 @@ class ResolvedColumns:
     system: str | None
     dialect: str | None
     expected: str | None
+    expert: str | None
     sampling: Mapping[str, str] = field(default_factory=dict)
 
 

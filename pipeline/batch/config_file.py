@@ -21,7 +21,7 @@ MAX_COMPLAINTS = 50  # shown; of more, only the number
 _HINT = "correct the lines above; configs/batch.yaml in the project lists every key"
 _OVERRIDE_HINT = "correct the overrides above; configs/batch.yaml in the project lists every key"
 # Under these keys the names are a person's own and may hold dots themselves.
-_FREE_KEYS = frozenset({"models"})
+_FREE_KEYS = frozenset({"models", "experts"})
 _SECRET_KEYS = frozenset({"storage_options"})
 _STRING_TAG = "tag:yaml.org,2002:str"
 _SCALAR_TAGS = frozenset(f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null"))

@@ -1,8 +1,9 @@
 """Running the shards of a job on Ray Data."""
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import math
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -12,11 +13,13 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 from ray.data.exceptions import ExecutionTimeoutError
 
+from pipeline.batch.answering import EngineJob, Loader, load_engine
 from pipeline.batch.blocks import ShardDatasource
 from pipeline.batch.cluster import Cluster, connect
 from pipeline.batch.commit import Receipt
 from pipeline.batch.config import BatchConfig
-from pipeline.batch.plan import PreparedJob, absolute
+from pipeline.batch.error_limits import ErrorTally
+from pipeline.batch.plan import PreparedJob
 from pipeline.batch.progress import Phases, Progress
 from pipeline.batch.shards import Shard
 from pipeline.batch.worker import ShardWorker, WorkerJob
@@ -25,6 +28,7 @@ from pipeline.errors import ConfigError, ExpertError, JobFailedError
 logger = logging.getLogger(__name__)
 
 READS_PER_WORKER = 2  # shards are read ahead of the workers, under Ray Data's own back-pressure
+MOST_IN_FLIGHT = 8  # shards of a worker, unless told otherwise: what is in flight is done again when it dies
 QUIET = {
     "enable_progress_bars": False,
     "print_on_execution_start": False,
@@ -43,15 +47,42 @@ class RunCounts:
 
 @dataclass(frozen=True)
 class Workers:
-    """How many workers, and what each is given."""
+    """How many workers, and what each is given.
+
+    Args:
+        count: Workers at the start.
+        num_cpus: CPU cores that each reserves.
+        num_gpus: GPUs that each reserves.
+        num_threads: Threads that each computes with; None for torch's own number.
+        most: Workers at most; more than `count` are added while shards wait.
+        shards_in_flight: Shards that each answers at a time.
+    """
 
     count: int
     num_cpus: float
     num_gpus: float
     num_threads: int | None
+    most: int = 1
+    shards_in_flight: int = 2
+
+    @property
+    def shards_sent(self) -> int:
+        """Shards that each is sent at a time: one waits beside those that are answered.
+
+        Ray Data adds workers where 1.75 shards are sent for each that is answered.
+        """
+        return 2 * self.shards_in_flight if self.most > self.count else self.shards_in_flight + 1
 
 
-def execute(job: PreparedJob, done: Mapping[int, Receipt], progress: Progress, phases: Phases) -> RunCounts:
+def execute(
+    job: PreparedJob,
+    done: Mapping[int, Receipt],
+    progress: Progress,
+    phases: Phases,
+    *,
+    is_resumed: bool = False,
+    load: Loader = load_engine,
+) -> RunCounts:
     """Answer every shard that is not done yet.
 
     Args:
@@ -59,24 +90,28 @@ def execute(job: PreparedJob, done: Mapping[int, Receipt], progress: Progress, p
         done: Receipts of committed shards, by shard.
         progress: Shows how far it is.
         phases: Time until the first shard is begun counts as `start`, the rest as `run`.
+        is_resumed: Whether the output was begun by another run.
+        load: How workers come to their engines.
 
     Raises:
         ConfigError: The workers do not fit the cluster.
         JobFailedError: Workers failed.
+        TooManyErrorsError: More rows have errors than the job allows.
     """
     pending = [shard for shard in job.plan.shards if shard.index not in done]
     if not pending:
         return RunCounts()
     rows, tokens = 0, 0
+    already = list(done.values())
+    tally = ErrorTally(job, already)
     with phases.phase("start"):
         cluster = connect(job.config.ray_address)
         workers = plan_workers(job.config, cluster, len(pending))
-        receipts = _receipts(job, pending, workers)
-    already = list(done.values())
+        receipts = _receipts(job, pending, workers, _worker_job(job, workers, is_resumed=is_resumed, load=load))
     rows_done, errors_done = sum(item.rows for item in already), sum(item.errors for item in already)
     progress.start(len(job.plan.shards), len(already), job.plan.num_rows, rows_done, errors_done)
     try:
-        with progress.ticking():
+        with progress.ticking(), closing(receipts):
             with phases.phase("start"):
                 first, seconds = next(receipts)
             # The first shard was answered before its receipt came: that was running, not starting.
@@ -87,6 +122,7 @@ def execute(job: PreparedJob, done: Mapping[int, Receipt], progress: Progress, p
                     progress.update(receipt)
                     rows += receipt.rows
                     tokens += receipt.completion_tokens
+                    tally.add(receipt)
     finally:
         progress.close()
     return RunCounts(rows, tokens)
@@ -102,40 +138,62 @@ def plan_workers(config: BatchConfig, cluster: Cluster, num_shards: int) -> Work
     if num_gpus is None:
         num_gpus = 1.0 if cluster.num_gpus >= 1 and config.device in (None, "cuda") else 0.0
     count = config.num_workers or (max(1, int(cluster.num_gpus // num_gpus)) if num_gpus else 1)
+    if config.max_workers is not None and config.num_workers is None:
+        count = 1
+    most = config.max_workers or count
     num_cpus = 1.0 if config.num_cpus is None else config.num_cpus
-    room = {"CPU": (count * num_cpus, cluster.num_cpus), "GPU": (count * num_gpus, cluster.num_gpus)}
+    room = {"CPU": (most * num_cpus, cluster.num_cpus), "GPU": (most * num_gpus, cluster.num_gpus)}
     lacking = [
         f"{name}: {wanted:g} wanted, {there:g} there" for name, (wanted, there) in room.items() if wanted > there
     ]
     if lacking and not cluster.is_local:
         # A cluster with an autoscaler may grow to them; Ray waits until it has.
-        logger.warning("%d workers do not fit the cluster as it is (%s); waiting", count, ", ".join(lacking))
+        logger.warning("%d workers do not fit the cluster as it is (%s); waiting", most, ", ".join(lacking))
     elif lacking:
         raise ConfigError(
-            f"{count} workers do not fit this machine",
+            f"{most} workers do not fit this machine",
             details=lacking,
-            hint="Lower num_workers, num_cpus or num_gpus, or set ray_address to a larger cluster.",
+            hint="Lower num_workers, max_workers, num_cpus or num_gpus, or set ray_address to a larger cluster.",
         )
-    count = min(count, num_shards)
-    threads = None if num_gpus else max(1, int(num_cpus if config.num_cpus else cluster.num_cpus / count))
-    return Workers(count, num_cpus, num_gpus, threads)
+    most = min(most, num_shards)
+    threads = None if num_gpus else max(1, int(num_cpus if config.num_cpus else cluster.num_cpus / most))
+    return Workers(min(count, most), num_cpus, num_gpus, threads, most, _shards_in_flight(config, num_shards // most))
 
 
-def _receipts(job: PreparedJob, pending: list[Shard], workers: Workers) -> Iterator[tuple[Receipt, float]]:
+def _shards_in_flight(config: BatchConfig, num_shards_each: int) -> int:
+    """Shards that a worker answers at a time: two at least, so that one is answered while another is written.
+
+    Small shards need more to fill the batch. Where there are few, a worker leaves some to those that start later.
+    """
+    if config.shards_in_flight is not None:
+        return config.shards_in_flight
+    wanted = 1 + math.ceil(config.batch_size / config.shard_rows)
+    return max(2, min(MOST_IN_FLIGHT, wanted, num_shards_each // 2))
+
+
+def _receipts(
+    job: PreparedJob, pending: list[Shard], workers: Workers, told: WorkerJob
+) -> Generator[tuple[Receipt, float], None, None]:
     """The receipt of each shard as it is committed, and how long it took."""
     with quiet():
         answered = ray.data.read_datasource(
             ShardDatasource(pending, job.config.storage_options),
             num_cpus=0,  # reading waits for storage; it must find room beside workers that hold every core
-            compute=TaskPoolStrategy(size=min(READS_PER_WORKER * workers.count, len(pending))),
+            compute=TaskPoolStrategy(size=min(READS_PER_WORKER * workers.most, len(pending))),
             override_num_blocks=len(pending),  # Ray Data would cut the blocks of a short plan further
         ).map_batches(
             ShardWorker,
-            fn_constructor_args=(_worker_job(job, workers),),
+            fn_constructor_args=(told,),
             batch_size=None,
             batch_format="pyarrow",
             zero_copy_batch=True,
-            compute=ActorPoolStrategy(size=workers.count),
+            compute=ActorPoolStrategy(
+                min_size=workers.count,
+                max_size=workers.most,
+                max_concurrent_calls_per_actor=workers.shards_in_flight,
+                max_tasks_in_flight_per_actor=workers.shards_sent,
+                enable_true_multi_threading=True,  # the engine is made for many threads
+            ),
             num_cpus=workers.num_cpus,
             num_gpus=workers.num_gpus,
         )
@@ -148,26 +206,29 @@ def _receipts(job: PreparedJob, pending: list[Shard], workers: Workers) -> Itera
         raise _job_failed(error) from error
 
 
-def _worker_job(job: PreparedJob, workers: Workers) -> WorkerJob:
+def _worker_job(job: PreparedJob, workers: Workers, *, is_resumed: bool, load: Loader) -> WorkerJob:
     config = job.config
     return WorkerJob(
-        package=absolute(config.expert),
-        package_sha256=job.package.digest,
-        base_path=str(job.base_path),
-        cache_dir=config.cache_dir,
-        device=config.device,
-        dtype=config.dtype,
-        quantization=config.quantization,
-        num_threads=workers.num_threads,
-        engine=config.engine,
-        batch_size=config.batch_size,
-        max_batch_tokens=config.max_batch_tokens,
-        kv_cache_bytes=config.kv_cache_bytes,
-        options=job.options,
-        columns=job.columns,
-        seed=config.seed,
+        engine=EngineJob(
+            experts=job.experts,
+            base_path=str(job.base_path),
+            columns=job.columns,
+            seed=config.seed,
+            cache_dir=config.cache_dir,
+            device=config.device,
+            dtype=config.dtype,
+            quantization=config.quantization,
+            num_threads=workers.num_threads,
+            engine=config.engine,
+            batch_size=config.batch_size,
+            max_batch_tokens=config.max_batch_tokens,
+            kv_cache_bytes=config.kv_cache_bytes,
+        ),
         output=job.output,
         part_format=job.part_format,
+        progress_timeout=config.progress_timeout,
+        is_resumed=is_resumed,
+        load=load,
     )
 
 

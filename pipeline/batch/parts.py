@@ -5,7 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -40,7 +40,7 @@ class PartFormat:
         inputs: The input columns of a Parquet part; see `ShardPlan.schema`.
         is_loose: Whether the rows come from JSONL, where a value may not fit its column.
         prefix: Put before the names of our columns.
-        expert: Name and version of what answered, `name@version`.
+        expert: Name and version of what answered, `name@version`; None where each row says so itself.
         expert_sha256: Its digest.
         metadata: Written into the footer of a Parquet part.
     """
@@ -83,12 +83,28 @@ class PartFormat:
         return None
 
 
+class AnsweredBy(Protocol):
+    """An expert, as the part names it."""
+
+    @property
+    def label(self) -> str:
+        """Its name and version, `name@version`."""
+
+    @property
+    def sha256(self) -> str:
+        """Its digest."""
+
+
 @dataclass(frozen=True)
 class AnsweredRow:
-    """A row of the dataset and its answer; None when the row itself has a failure."""
+    """A row of the dataset and its answer; None when the row itself has a failure.
+
+    `by` answered it, where the rows of a job are not all answered by the one that the part's format names.
+    """
 
     row: Row
     completion: Completion | None
+    by: AnsweredBy | None = None
 
 
 @dataclass(frozen=True)
@@ -219,6 +235,10 @@ def count_part(data: bytes, kind: PartKind, prefix: str = "") -> PartCounts:
 
 def _ours(row: AnsweredRow, misfit: Failure | None, form: PartFormat) -> dict[str, Any]:
     completion = row.completion
+    by = {
+        "expert": form.expert if row.by is None else row.by.label,
+        "expert_sha256": form.expert_sha256 if row.by is None else row.by.sha256,
+    }
     failure = misfit or (completion.failure if completion is not None else None)
     if completion is None and failure is None:
         raise OutputError(
@@ -227,14 +247,13 @@ def _ours(row: AnsweredRow, misfit: Failure | None, form: PartFormat) -> dict[st
     if failure is not None or completion is None:
         error = None if failure is None else {"code": failure.code, "message": _utf8(failure.message)}
         answer: dict[str, Any] = {"text": None, "finish_reason": "error", "prompt_tokens": 0, "completion_tokens": 0}
-        return {**answer, "expert": form.expert, "expert_sha256": form.expert_sha256, "error": error}
+        return {**answer, **by, "error": error}
     return {
         "text": _utf8(completion.text),
         "finish_reason": completion.finish_reason,
         "prompt_tokens": completion.prompt_tokens,
         "completion_tokens": completion.completion_tokens,
-        "expert": form.expert,
-        "expert_sha256": form.expert_sha256,
+        **by,
         "error": None,
     }
 

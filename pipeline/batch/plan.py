@@ -4,10 +4,11 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.batch.answering import JobExpert
 from pipeline.batch.commit import JobOutput
 from pipeline.batch.config import BatchConfig, ResolvedColumns, resolve_columns
 from pipeline.batch.files import is_hidden
@@ -18,7 +19,7 @@ from pipeline.batch.source import plan_shards
 from pipeline.batch.storage import open_storage
 from pipeline.engine.requests import GRAMMAR_KINDS, request_defaults
 from pipeline.engine.types import Grammar
-from pipeline.errors import ConfigError
+from pipeline.errors import BaseModelError, ConfigError, DatasetError
 from pipeline.package import ExpertPackage, model_digest, open_package, resolve_base_model
 
 FINGERPRINT_VERSION = 3
@@ -26,11 +27,28 @@ FINGERPRINT_VERSION = 3
 
 @dataclass(frozen=True)
 class OpenExpert:
-    """A package that is verified, its base model's directory, and what answers are held to, if anything."""
+    """A package that is verified, and what its answers are held to, if anything.
 
+    `name` is what rows call it; None for the one that answers rows which name none.
+    """
+
+    name: str | None
+    location: str
     package: ExpertPackage
-    base_path: Path
     grammar: Grammar | None
+
+
+@dataclass(frozen=True)
+class OpenExperts:
+    """The experts of a job, and the directory of the base model that they share."""
+
+    experts: tuple[OpenExpert, ...]
+    base_path: Path
+
+    @property
+    def default(self) -> OpenExpert | None:
+        """The one that answers rows which name none."""
+        return next((expert for expert in self.experts if expert.name is None), None)
 
 
 @dataclass(frozen=True)
@@ -39,49 +57,45 @@ class PreparedJob:
 
     Args:
         config: What was asked for.
-        package: The expert, verified.
-        base_path: Its base model's directory.
+        experts: Who answers.
+        base_path: Their base model's directory.
         plan: The shards.
         columns: Which column plays which role.
-        options: Sampling options that go before the manifest's; whether a grammar is applied is always among them, so
-            that a worker which cannot apply it fails.
         part_format: How parts are written.
         output: Where they are committed.
     """
 
     config: BatchConfig
-    package: ExpertPackage
+    experts: tuple[JobExpert, ...]
     base_path: Path
     plan: ShardPlan
     columns: ResolvedColumns
-    options: Mapping[str, Any]
     part_format: PartFormat
     output: JobOutput
 
 
-def prepare(config: BatchConfig, expert: OpenExpert) -> PreparedJob:
+def prepare(config: BatchConfig, opened: OpenExperts) -> PreparedJob:
     """Plan the shards and draw up the job's fingerprint. Nothing is written.
 
     Raises:
+        ConfigError: The output lies in the dataset, or a column names experts and there are none.
         DatasetError: The dataset cannot be found or read, or lacks a column.
         OutputError: The output is at a place that cannot hold one.
     """
-    package, base_path = expert.package, expert.base_path
     plan = plan_shards(
         config.dataset, format=config.format, shard_rows=config.shard_rows, storage_options=config.storage_options
     )
     refuse_nested(config, plan)
-    columns = resolve_columns(config.columns, plan.columns)
-    options = sampling_options(config)
-    if not any(name in options for name in GRAMMAR_KINDS):
-        options["use_grammar"] = expert.grammar is not None
-    fingerprint = job_fingerprint(config, package, base_path, plan, columns, options)
+    columns = _columns(config, plan)
+    experts = tuple(_job_expert(config, expert) for expert in opened.experts)
+    fingerprint = job_fingerprint(config, opened, plan, columns)
+    alone = experts[0] if not config.experts else None
     part_format = plan_part_format(
         plan,
         kind=config.output_format,
         output_prefix=config.output_prefix,
-        expert=package.label,
-        expert_sha256=package.digest,
+        expert=alone.label if alone else None,
+        expert_sha256=alone.sha256 if alone else None,
         metadata={"expert_pipeline.fingerprint": digest_of(fingerprint)},
     )
     output = JobOutput(
@@ -91,23 +105,76 @@ def prepare(config: BatchConfig, expert: OpenExpert) -> PreparedJob:
         num_shards=len(plan.shards),
         prefix=config.output_prefix,
     )
-    return PreparedJob(config, package, base_path.resolve(), plan, columns, options, part_format, output)
+    return PreparedJob(config, experts, opened.base_path.resolve(), plan, columns, part_format, output)
 
 
-def open_expert(config: BatchConfig) -> OpenExpert:
-    """Open the package, find its base model and check the sampling options.
+def open_experts(config: BatchConfig) -> OpenExperts:
+    """Open the packages, find the base model that they share, and check the sampling options.
 
     Raises:
-        LoadError: The package or its base model cannot be used.
+        ConfigError: The engine holds no experts side by side.
+        LoadError: A package or its base model cannot be used, or the base models are several.
         InferenceError: A sampling option cannot be honoured.
     """
+    if config.experts and config.engine != "packed":
+        raise ConfigError(
+            f"the {config.engine} engine holds no experts side by side",
+            hint="Leave engine out, or run a job for each expert.",
+        )
     cache_dir = None if config.cache_dir is None else Path(config.cache_dir)
-    package = open_package(absolute(config.expert), cache_dir=cache_dir)
-    base_path = resolve_base_model(
-        package.base, base_model=config.base_model, models=config.models, package=package.label
-    )
-    _, grammar = request_defaults(package, sampling_options(config))
-    return OpenExpert(package, base_path, grammar)
+    given: dict[str | None, str] = {} if config.expert is None else {None: config.expert}
+    opened, bases = [], []
+    for name, place in (given | config.experts).items():
+        location = absolute(place)
+        package = open_package(location, cache_dir=cache_dir)
+        base = resolve_base_model(
+            package.base, base_model=config.base_model, models=config.models, package=package.label
+        )
+        bases.append(base)
+        _, grammar = request_defaults(package, sampling_options(config))
+        opened.append(OpenExpert(name, location, package, grammar))
+    if len({base.resolve() for base in bases}) > 1:
+        raise BaseModelError(
+            "the experts of the job are over several base models",
+            details=[
+                f"{_named(expert)}: {expert.package.label} over {expert.package.base.name}, {base}"
+                for expert, base in zip(opened, bases, strict=True)
+            ],
+            hint="Run a job for each base model; experts are answered side by side over one.",
+        )
+    return OpenExperts(tuple(opened), bases[0])
+
+
+def _named(expert: OpenExpert) -> str:
+    return "expert" if expert.name is None else f"experts.{expert.name}"
+
+
+def _job_expert(config: BatchConfig, expert: OpenExpert) -> JobExpert:
+    options = sampling_options(config) | _grammar_option(config, expert)
+    return JobExpert(expert.name, expert.location, expert.package.digest, expert.package.label, options)
+
+
+def _grammar_option(config: BatchConfig, expert: OpenExpert) -> dict[str, bool]:
+    """Whether a grammar is applied, said outright, where no other one is given."""
+    if any(name in sampling_options(config) for name in GRAMMAR_KINDS):
+        return {}
+    return {"use_grammar": expert.grammar is not None}
+
+
+def _columns(config: BatchConfig, plan: ShardPlan) -> ResolvedColumns:
+    columns = resolve_columns(config.columns, plan.columns)
+    if config.experts and columns.expert is None:
+        raise DatasetError(
+            "experts are given, and the dataset has no column that says which of them answers a row",
+            details=[f"its columns are: {', '.join(plan.columns)}"],
+            hint="Name the column: columns.expert. Where one expert answers all rows, give it as `expert` alone.",
+        )
+    if not config.experts and config.columns.expert is not None:
+        raise ConfigError(
+            f"columns.expert is {config.columns.expert!r}, and there are no experts to choose from",
+            hint="Give them by their names: experts: {sql: PACKAGE, ...}.",
+        )
+    return columns if config.experts else replace(columns, expert=None)
 
 
 def refuse_nested(config: BatchConfig, plan: ShardPlan) -> None:
@@ -134,29 +201,32 @@ def refuse_nested(config: BatchConfig, plan: ShardPlan) -> None:
 
 
 def job_fingerprint(
-    config: BatchConfig,
-    package: ExpertPackage,
-    base_path: Path,
-    plan: ShardPlan,
-    columns: ResolvedColumns,
-    options: Mapping[str, Any],
+    config: BatchConfig, opened: OpenExperts, plan: ShardPlan, columns: ResolvedColumns
 ) -> dict[str, Any]:
     """Everything the answers depend on, and nothing else: no paths, no times, no number of workers.
 
     Returns:
         Field to value; the output folder keeps it, and refuses a job with another.
     """
+    default = opened.default
+    options = sampling_options(config)
+    named = {}
+    for expert in opened.experts:
+        if expert.name is not None:
+            described = {"expert": expert.package.label, "expert_sha256": expert.package.digest}
+            named[expert.name] = described | _grammar_option(config, expert)
     return {
         "fingerprint_version": FINGERPRINT_VERSION,
-        "expert": package.label,
-        "expert_sha256": package.digest,
-        "base_model": package.base.name,
-        "base_model_sha256": model_digest(base_path),
+        "expert": None if default is None else default.package.label,
+        "expert_sha256": None if default is None else default.package.digest,
+        **({"experts": named} if named else {}),
+        "base_model": ", ".join(sorted({expert.package.base.name for expert in opened.experts})),
+        "base_model_sha256": model_digest(opened.base_path),
         "engine": config.engine,
         "dtype": config.dtype or "auto",
         "quantization": config.quantization,
         "columns": {role: name for role, name in asdict(columns).items() if name and role != "expected"},
-        "sampling": dict(options),
+        "sampling": options if default is None else options | _grammar_option(config, default),
         "seed": config.seed,
         "dataset_sha256": plan.digest,
         "shard_rows": config.shard_rows,

@@ -8,10 +8,10 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.batch.cluster import connect
-from pipeline.batch.commit import INPUT, refuse_foreign
+from pipeline.batch.commit import INPUT, JOB, refuse_foreign
 from pipeline.batch.config import BatchConfig
 from pipeline.batch.execute import RunCounts, execute, quiet
-from pipeline.batch.plan import OpenExpert, open_expert, prepare
+from pipeline.batch.plan import OpenExperts, open_experts, prepare
 from pipeline.batch.progress import BatchReport, Phases, Progress, per_second
 from pipeline.batch.result import BatchResult
 from pipeline.batch.staging import stage_in_memory, stage_tables
@@ -22,13 +22,13 @@ DATA_EXTENSIONS = (".parquet", ".jsonl", ".ndjson", ".json", ".csv")
 
 def run_batch(
     dataset: Any,
-    expert: str | os.PathLike[str],
+    expert: str | os.PathLike[str] | None = None,
     *,
     output: str | os.PathLike[str] | None = None,
     progress: bool = True,
     **options: Any,
 ) -> BatchResult:
-    """Answer every row of a dataset with an expert, on Ray.
+    """Answer every row of a dataset with an expert, or each with the one that it names, on Ray.
 
     The same call again continues where it stopped: shards that are committed are not computed again, and a finished
     job is not run at all.
@@ -38,10 +38,12 @@ def run_batch(
             prompts or dicts, a pandas DataFrame, a `ray.data.Dataset`. Rows in memory are first written to the output
             folder. A list of `Path`s or of strings that all end like data files
             (`.parquet`, `.jsonl`, ...) is taken as files, any other list of strings as prompts.
-        expert: Path or URL of the package.
+        expert: Path or URL of the package. With `experts` (a mapping from the names in the rows' column `expert` to
+            packages over one base model), that of the rows that name none; it may then be left out.
         output: Folder or URL for the answers; a new temporary folder if None.
         progress: Show the progress line on standard error.
-        options: Any other field of `BatchConfig`, e.g. `base_model`, `columns`, `sampling`, `num_workers`, `num_gpus`.
+        options: Any other field of `BatchConfig`, e.g. `experts`, `base_model`, `columns`, `sampling`, `num_workers`,
+            `num_gpus`.
 
     Returns:
         The answers and the report.
@@ -52,6 +54,7 @@ def run_batch(
         DatasetError: The dataset cannot be found or read.
         OutputError: The output cannot be written, or belongs to another job.
         JobFailedError: Workers failed; the same call continues.
+        TooManyErrorsError: More rows have errors than `max_errors` or `max_error_rate` allow.
 
     Example:
         >>> from pipeline import demo, run_batch
@@ -68,7 +71,7 @@ def run_batch(
     config = BatchConfig.from_options(dataset=target, **given)
     phases = Phases()
     with phases.phase("plan"):
-        opened = open_expert(config)
+        opened = open_experts(config)
         refuse_foreign(open_storage(config.output, config.storage_options))
         staged = _stage(dataset, config)
     return _run(BatchConfig.from_options(dataset=staged, **given), opened, phases, progress=progress)
@@ -83,19 +86,21 @@ def run_config(config: BatchConfig, *, progress: bool = True) -> BatchResult:
     """
     phases = Phases()
     with phases.phase("plan"):
-        opened = open_expert(config)
+        opened = open_experts(config)
     return _run(config, opened, phases, progress=progress)
 
 
-def _run(config: BatchConfig, opened: OpenExpert, phases: Phases, *, progress: bool) -> BatchResult:
+def _run(config: BatchConfig, opened: OpenExperts, phases: Phases, *, progress: bool) -> BatchResult:
     with phases.phase("plan"):
         job = prepare(config, opened)
+        is_resumed = job.output.storage.exists(JOB)
         job.output.begin()
         was_complete = job.output.is_complete()
         done = {} if was_complete else job.output.committed()
     counts = RunCounts()
     if not was_complete:
-        counts = execute(job, done, Progress(enabled=progress, seconds=config.progress_seconds), phases)
+        shown = Progress(enabled=progress, seconds=config.progress_seconds)
+        counts = execute(job, done, shown, phases, is_resumed=is_resumed)
     with phases.phase("commit"):
         manifest = job.output.finish()
     seconds = phases.seconds()

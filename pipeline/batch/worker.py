@@ -1,54 +1,51 @@
-"""The actor of a batch job: it holds one engine and answers shards."""
+"""The actor of a batch job: it holds one engine and answers shards, several at a time."""
 
-import json
-import os
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import ray
 
+from pipeline.batch.answering import Answering, EngineFailedError, EngineJob, Loader, load_engine
 from pipeline.batch.commit import JobOutput, Receipt
-from pipeline.batch.config import ResolvedColumns
 from pipeline.batch.parts import AnsweredRow, PartFormat, encode_part
 from pipeline.batch.rows import Row, iter_rows
 from pipeline.batch.shards import Shard
-from pipeline.engine.types import Completion, Failure, Request
-from pipeline.errors import ExpertError, IntegrityError, InvalidRequestError
-from pipeline.package import open_package
-
-if TYPE_CHECKING:
-    from pipeline.engine.runtime import EngineName, LoadedExpert
+from pipeline.batch.trials import ROW_KILLS_WORKER, History, Range, Trials, plan_trials
+from pipeline.batch.turns import Turns
+from pipeline.batch.watchdog import Watchdog, end_process
+from pipeline.engine.types import Completion, Failure
+from pipeline.errors import ExpertError
 
 
 @dataclass(frozen=True)
 class WorkerJob:
-    """Everything a worker is told; it travels to every actor once."""
+    """Everything a worker is told; it travels to every actor once.
 
-    package: str
-    package_sha256: str
-    base_path: str
-    cache_dir: str | None
-    device: str | None
-    dtype: str | None
-    quantization: str
-    num_threads: int | None
-    engine: "EngineName"
-    batch_size: int
-    max_batch_tokens: int | None
-    kv_cache_bytes: int | None
-    options: Mapping[str, Any]
-    columns: ResolvedColumns
-    seed: int
+    Args:
+        engine: What to answer with.
+        output: Where to commit.
+        part_format: How parts are written.
+        progress_timeout: So long the engine may do nothing while it has rows to answer, in seconds.
+        is_resumed: Whether the output was begun by another run, whose workers may have been lost.
+        load: How the worker comes to its engine.
+    """
+
+    engine: EngineJob
     output: JobOutput
     part_format: PartFormat
+    progress_timeout: float = 600.0
+    is_resumed: bool = False
+    load: Loader = load_engine
 
 
 class ShardWorker:
     """Answers one shard a call and commits it; only the receipt goes back.
+
+    Ray Data calls it from several threads at a time, so that the engine has the next shard's rows before the last of
+    one are answered, and while its part is written. Where a worker was lost before, what it may have been lost of is
+    tried alone; see `trials`.
 
     Args:
         job: What to answer with, and where to write.
@@ -56,15 +53,19 @@ class ShardWorker:
 
     def __init__(self, job: WorkerJob) -> None:
         self._job = job
+        self._turns = Turns()
+        self._trials = Trials(job.output.storage, is_noting=job.is_resumed or was_restarted())
         # Ray reports an actor that cannot be made without its reason; so this one is made, and its first shard says it.
         self._failure: ExpertError | None = None
         try:
-            self._expert = _load(job)
+            self._answering = Answering(job.engine, job.load(job.engine), job.part_format)
         except ExpertError as error:
             self._failure = error
+        else:
+            Watchdog(self._answering.progress, job.progress_timeout, last_words=self._trials.explain)
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Answer the shards of a block; see `blocks.shard_block` for its form.
+        """Answer the shards of a block; see `blocks.shard_blocks` for its form.
 
         Returns:
             A row a shard: `receipt` (JSON) and `seconds` (of work).
@@ -85,89 +86,51 @@ class ShardWorker:
         return pa.table({"receipt": receipts, "seconds": seconds})
 
     def _answer(self, shard: Shard, table: pa.Table) -> Receipt:
-        form = self._job.part_format
         rows = list(iter_rows(shard, table))
-        answers: dict[str, Completion] = {}
-        requests: list[Request] = []
-        for position, row in enumerate(rows):
-            if row.failure is not None or form.misfit(row.values) is not None:
-                continue
-            try:
-                requests.append(self._request(str(position), row))
-            except ExpertError as error:
-                answers[str(position)] = _failed(str(position), error)
-        answers |= {completion.request_id: completion for completion in self._expert.engine.generate(requests)}
-        answered = [AnsweredRow(row, answers.get(str(position))) for position, row in enumerate(rows)]
-        return self._job.output.commit(shard.index, encode_part(answered, form, table))
+        history = self._trials.history(shard.index)
+        if history.is_suspect:
+            with self._turns.alone():
+                completions = self._try_alone(shard.index, rows, history)
+        else:
+            with self._turns.together():
+                self._trials.begin(shard.index, Range(0, len(rows)), history, is_alone=False)
+                completions = self._try(rows)
+        self._trials.end(shard.index)
+        answered = [
+            AnsweredRow(row, completion, self._answering.expert_of(row))
+            for row, completion in zip(rows, completions, strict=True)
+        ]
+        return self._job.output.commit(shard.index, encode_part(answered, self._job.part_format, table))
 
-    def _request(self, request_id: str, row: Row) -> Request:
-        columns = self._job.columns
-        fields = {
-            field: row.values.get(column)
-            for field, column in vars(columns).items()
-            if column is not None and field in ("prompt", "messages", "schema", "system", "dialect")
-        }
-        messages = fields.get("messages")
-        if isinstance(messages, str):
-            fields["messages"] = _messages_from_json(messages)
-        identity = row.values.get(columns.id) if columns.id is not None else None
-        seed = row_seed(self._job.seed, row.identity if identity is None else f"id:{identity}")
-        own = {option: row.values.get(column) for option, column in columns.sampling.items()}
-        options = {"seed": seed, **{option: value for option, value in own.items() if value is not None}}
-        return self._expert.requests.build(request_id, **fields, options=options)
+    def _try(self, rows: Sequence[Row]) -> list[Completion | None]:
+        try:
+            return self._answering.answer(rows)
+        except EngineFailedError as error:
+            # Another process can go on; in this one, what the device or a native library has left behind is not known.
+            end_process(str(error), self._trials.explain)
+            raise
 
-
-def _load(job: WorkerJob) -> "LoadedExpert":
-    import torch
-
-    from pipeline.engine.loader import useful_threads
-    from pipeline.engine.runtime import load_expert
-
-    if job.num_threads is not None:
-        torch.set_num_threads(useful_threads(Path(job.base_path), min(job.num_threads, os.cpu_count() or 1)))
-    package = open_package(job.package, cache_dir=None if job.cache_dir is None else Path(job.cache_dir))
-    if package.digest != job.package_sha256:
-        raise IntegrityError(
-            f"{job.package} is not the package the job was planned with",
-            details=(f"there {package.digest}, planned {job.package_sha256}",),
-            hint="Do not replace a package while a job runs; start the job again in another output folder.",
-        )
-    return load_expert(
-        package,
-        Path(job.base_path),
-        device=job.device,
-        dtype=job.dtype,
-        quantization=job.quantization,
-        engine=job.engine,
-        batch_size=job.batch_size,
-        max_batch_tokens=job.max_batch_tokens,
-        kv_cache_bytes=job.kv_cache_bytes,
-        options=job.options,
-    )
+    def _try_alone(self, shard: int, rows: Sequence[Row], history: History) -> list[Completion | None]:
+        plan = plan_trials(len(rows), history.deaths)
+        completions: list[Completion | None] = [None] * len(rows)
+        for start, stop in plan.ranges:
+            history = self._trials.begin(shard, Range(start, stop), history, is_alone=True)
+            completions[start:stop] = self._try(rows[start:stop])
+            self._trials.end(shard)
+        for killer in plan.killers:
+            completions[killer] = _killer(rows[killer], history)
+        return completions
 
 
-def row_seed(job_seed: int, identity: str) -> int:
-    """The seed of a row's draws: it depends on the job's seed and the row alone.
-
-    Args:
-        job_seed: From the job's configuration.
-        identity: The row's id, or its place in its file.
-
-    Returns:
-        A whole number below 2**64.
-    """
-    digest = blake2b(identity.encode(), key=job_seed.to_bytes(8, "little"), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
+def was_restarted() -> bool:
+    """Whether this process is an actor's, and not its first."""
+    if not ray.is_initialized():
+        return False
+    context = ray.get_runtime_context()
+    return context.get_actor_id() is not None and bool(context.was_current_actor_reconstructed)
 
 
-def _messages_from_json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise InvalidRequestError(
-            f"messages is text that is not JSON: {error}", hint="Give a list of {role, content}, or that list as JSON."
-        ) from error
-
-
-def _failed(request_id: str, error: ExpertError) -> Completion:
-    return Completion(request_id, "", "error", 0, 0, Failure(error.code, error.message))
+def _killer(row: Row, history: History) -> Completion:
+    why = f": {history.reason}" if history.reason else ""
+    message = f"each process that answered this row ended{why}"
+    return Completion(row.identity, "", "error", 0, 0, Failure(ROW_KILLS_WORKER, message))

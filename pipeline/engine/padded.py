@@ -6,8 +6,9 @@ that every row of a batch follows its own rules.
 """
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Rows
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from pipeline.engine.choose import choose_tokens_
 from pipeline.engine.grammar import GrammarCompiler
 from pipeline.engine.loader import BaseModel, free_memory
 from pipeline.engine.sequence import Sequence, failed, start
+from pipeline.engine.stats import EngineStats
 from pipeline.engine.stopping import StopRules
 from pipeline.engine.types import Completion, Failure, Grammar, Request
 from pipeline.errors import ExpertError, InferenceError, InvalidRequestError, OutOfMemoryError
@@ -44,6 +46,7 @@ class PaddedEngine:
         self._vocab_size = int(base.model.config.vocab_size)
         self._compiler: GrammarCompiler | None = None
         self._turn = threading.Lock()  # one batch at a time
+        self._stats = EngineStats()
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Answer every request, yielding each batch's completions as it finishes; see `pipeline.engine.Engine`."""
@@ -58,7 +61,12 @@ class PaddedEngine:
         for batch in self._batches(waiting):
             with self._turn:
                 answers = list(self._answer(batch))
+                self._stats = replace(self._stats, num_running=0)
             yield from answers
+
+    def stats(self) -> EngineStats:
+        """What the engine is doing now: the rows of its batch, and the steps and tokens since the beginning."""
+        return self._stats
 
     def close(self) -> None:
         """Free the device."""
@@ -155,6 +163,15 @@ class PaddedEngine:
             return str(error).splitlines()[0] if str(error) else type(error).__name__
         return None
 
+    def _count(self, num_tokens: int) -> None:
+        stats = self._stats
+        self._stats = replace(
+            stats,
+            num_running=num_tokens,
+            num_steps=stats.num_steps + 1,
+            num_tokens_generated=stats.num_tokens_generated + num_tokens,
+        )
+
     @torch.inference_mode()
     def _run(self, batch: list[Sequence]) -> None:
         device = self._model.device
@@ -171,7 +188,7 @@ class PaddedEngine:
             do_sample=False,
             max_new_tokens=max(sequence.request.params.max_tokens for sequence in batch),
             pad_token_id=self._pad_token_id,
-            logits_processor=LogitsProcessorList([_ChooseToken(batch)]),
+            logits_processor=LogitsProcessorList([_ChooseToken(batch, self._count)]),
             stopping_criteria=StoppingCriteriaList([_EndOfSequence(batch)]),
         )
 
@@ -179,13 +196,15 @@ class PaddedEngine:
 class _ChooseToken(LogitsProcessor):
     """Leaves each row one token to choose, and hands it to its sequence."""
 
-    def __init__(self, batch: Rows[Sequence]) -> None:
+    def __init__(self, batch: Rows[Sequence], count: Callable[[int], None]) -> None:
         self._batch = batch
+        self._count = count
 
     def __call__(self, _: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         choices = choose_tokens_(scores.clone(), self._batch)
         for sequence, choice in zip(self._batch, choices, strict=True):
             sequence.append(choice)
+        self._count(len(choices))
         chosen = torch.tensor([choice.token_id for choice in choices], device=scores.device)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
 

@@ -29,6 +29,7 @@ class ResidentExperts:
         engine: Answers; it has an adapter bank, and only this object loads adapters into it.
         packages: The experts, by the names they shall have.
         max_resident: At most this many adapters are on the device; None for all. The bank's own bound is the same.
+        options: Options for every request of an expert, by its name; see `RequestBuilder`.
         room_seconds: So long an expert waits for room that others have in use.
 
     Raises:
@@ -41,6 +42,7 @@ class ResidentExperts:
         packages: Mapping[str, ExpertPackage],
         *,
         max_resident: int | None = None,
+        options: Mapping[str, Mapping[str, Any]] | None = None,
         room_seconds: float = ROOM_SECONDS,
     ) -> None:
         if engine.bank is None:
@@ -50,6 +52,7 @@ class ResidentExperts:
         self.loads: dict[str, int] = dict.fromkeys(self.packages, 0)  # how often each adapter was put on the device
         self._bank: AdapterBank = engine.bank
         self._max_resident = max_resident
+        self._options = dict(options or {})
         self._room_seconds = room_seconds
         self._loading = threading.Lock()
         self._builders: dict[str, RequestBuilder] = {}
@@ -165,6 +168,7 @@ class ResidentExperts:
                 package,
                 self._tokenizer(package),
                 self.engine.context_length,
+                self._options.get(name),
                 expert_name=name,
                 soft_prompts={label: self.engine.add_soft_prompt(prompt) for label, prompt in soft_prompts.items()},
             )

@@ -119,6 +119,7 @@ def load_experts(
     batch_size: int = 128,
     max_batch_tokens: int | None = None,
     kv_cache_bytes: int | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> LoadedExperts:
     """Load experts of any kinds over one base model, to be answered side by side in one batch.
 
@@ -126,6 +127,7 @@ def load_experts(
         packages: The experts, by the names they shall have.
         base_path: The base model's directory, with a tokenizer.
         device, dtype, quantization, batch_size, max_batch_tokens, kv_cache_bytes: As for `load_expert`.
+        options: Options for every request of an expert, by its name; see `RequestBuilder`.
 
     Raises:
         As `load_expert`.
@@ -140,6 +142,7 @@ def load_experts(
         batch_size=batch_size,
         max_batch_tokens=max_batch_tokens,
         kv_cache_bytes=kv_cache_bytes,
+        options=options,
     )
     requests = {name: experts.load(name) for name in packages}
     return LoadedExperts(experts.engine, requests)
@@ -156,6 +159,7 @@ def open_experts(
     batch_size: int = 128,
     max_batch_tokens: int | None = None,
     kv_cache_bytes: int | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> ResidentExperts:
     """Load a base model for experts that are themselves loaded when they are first asked.
 
@@ -164,6 +168,7 @@ def open_experts(
         base_path: The base model's directory, with a tokenizer.
         max_resident: At most this many adapters are on the device at a time; None for all.
         device, dtype, quantization, batch_size, max_batch_tokens, kv_cache_bytes: As for `load_expert`.
+        options: Options for every request of an expert, by its name; see `RequestBuilder`.
 
     Raises:
         As `load_expert`.
@@ -180,7 +185,7 @@ def open_experts(
     )
     if not isinstance(engine, PackedEngine):
         raise TypeError("experts side by side need the packed engine")
-    return ResidentExperts(engine, packages, max_resident=max_resident)
+    return ResidentExperts(engine, packages, max_resident=max_resident, options=options)
 
 
 def load_engine(

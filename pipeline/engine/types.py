@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
 
+from pipeline.engine.stats import EngineStats
 from pipeline.errors import InvalidRequestError
 
 FinishReason = Literal["stop", "length", "error", "cancelled"]
@@ -168,6 +169,10 @@ class Engine(Protocol):
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Answer every request, yielding each completion as it finishes, in any order."""
+        ...
+
+    def stats(self) -> EngineStats:
+        """What the engine is doing now."""
         ...
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ from pipeline.errors import ConfigError, DatasetError, InvalidRequestError
 EXAMPLE = Path(__file__).parents[2] / "configs" / "batch.yaml"
 REQUIRED: dict[str, Any] = {"dataset": "in.parquet", "expert": "sql.expert", "output": "out"}
 HEAD = "dataset: in.parquet\nexpert: sql.expert\noutput: out\n"  # lines 1 to 3
-ROLES = ("prompt", "messages", "id", "schema", "system", "dialect", "expected")
+ROLES = ("prompt", "messages", "id", "schema", "system", "dialect", "expected", "expert")
 SECTIONS: dict[str, type[BaseModel]] = {"": BatchConfig, "columns.": ColumnsConfig, "sampling.": SamplingConfig}
 
 Write = Callable[[str], Path]
@@ -70,6 +70,7 @@ def test_defaults() -> None:
         "batch_size": 128,
         "quantization": "none",
         "progress_seconds": 5.0,
+        "progress_timeout": 600.0,
     }
     assert config.columns == ColumnsConfig()
     assert config.sampling == SamplingConfig()
@@ -119,7 +120,10 @@ def test_missing_options_are_all_named() -> None:
         ({"dataset": 5}, "dataset: expected a path, glob pattern or URL, or a list of them, got 5"),
         ({"dataset": ["a", ""]}, 'dataset[1]: expected a non-empty string, got ""'),
         ({"format": "parquett"}, 'format: expected "parquet", "jsonl" or "csv", got "parquett"'),
-        ({"expert": None}, "expert: expected a path or URL of a package, got nothing"),
+        ({"expert": None}, "expert: missing; expected a path or URL of a package"),
+        ({"expert": None, "experts": {}}, "expert: missing; expected a path or URL of a package"),
+        ({"num_workers": 3, "max_workers": 2}, "max_workers: expected at least num_workers, which is 3, got 2"),
+        ({"max_error_rate": 1.5}, "max_error_rate: expected a number from 0 to 1, got 1.5"),
         ({"output": ""}, 'output: expected a folder or URL, got ""'),
         ({"output_format": "csv"}, 'output_format: expected "parquet" or "jsonl", got "csv"'),
         (
@@ -153,8 +157,7 @@ def test_missing_options_are_all_named() -> None:
         (
             {"columns": ["prompt"]},
             "columns: expected a mapping with the keys prompt, messages, id, schema, system, dialect, expected, "
-            "sampling, "
-            "got a list of 1",
+            "expert, sampling, got a list of 1",
         ),
         ({"sampling": {"top_p": 0}}, "sampling.top_p: expected a number above 0 and at most 1, got 0"),
         ({"sampling": {"temperature": "0.5"}}, 'sampling.temperature: expected a number from 0 to 100, got "0.5"'),
@@ -175,7 +178,7 @@ def test_missing_options_are_all_named() -> None:
         (
             {"columns": {"zzz": "q"}},
             "columns.zzz: unknown key; expected one of prompt, messages, id, schema, system, dialect, expected, "
-            "sampling",
+            "expert, sampling",
         ),
     ],
 )

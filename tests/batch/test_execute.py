@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
+from pipeline.batch.answering import row_seed
 from pipeline.batch.cluster import Cluster
 from pipeline.batch.config import BatchConfig
 from pipeline.batch.execute import Workers, plan_workers
-from pipeline.batch.worker import row_seed
 from pipeline.errors import ConfigError
 
 LAPTOP = Cluster(num_cpus=8, num_gpus=0, is_local=True)
@@ -22,14 +22,17 @@ def config(**options: Any) -> BatchConfig:
 @pytest.mark.parametrize(
     ("cluster", "options", "workers"),
     [
-        (LAPTOP, {}, Workers(1, 1, 0, 8)),
-        (LAPTOP, {"num_workers": 4}, Workers(4, 1, 0, 2)),
-        (LAPTOP, {"num_workers": 2, "num_cpus": 3}, Workers(2, 3, 0, 3)),
-        (GPU_BOX, {}, Workers(4, 1, 1, None)),
-        (GPU_BOX, {"num_gpus": 0.5}, Workers(8, 1, 0.5, None)),
-        (GPU_BOX, {"num_gpus": 2}, Workers(2, 1, 2, None)),
-        (GPU_BOX, {"num_workers": 3}, Workers(3, 1, 1, None)),
-        (GPU_BOX, {"device": "cpu"}, Workers(1, 1, 0, 32)),
+        (LAPTOP, {}, Workers(1, 1, 0, 8, 1)),
+        (LAPTOP, {"num_workers": 4}, Workers(4, 1, 0, 2, 4)),
+        (LAPTOP, {"num_workers": 2, "num_cpus": 3}, Workers(2, 3, 0, 3, 2)),
+        (LAPTOP, {"num_workers": 2, "max_workers": 4}, Workers(2, 1, 0, 2, 4)),
+        (LAPTOP, {"max_workers": 2}, Workers(1, 1, 0, 4, 2)),
+        (GPU_BOX, {}, Workers(4, 1, 1, None, 4)),
+        (GPU_BOX, {"num_gpus": 0.5}, Workers(8, 1, 0.5, None, 8)),
+        (GPU_BOX, {"num_gpus": 2}, Workers(2, 1, 2, None, 2)),
+        (GPU_BOX, {"num_workers": 3}, Workers(3, 1, 1, None, 3)),
+        (GPU_BOX, {"max_workers": 3}, Workers(1, 1, 1, None, 3)),
+        (GPU_BOX, {"device": "cpu"}, Workers(1, 1, 0, 32, 1)),
     ],
 )
 def test_workers_follow_the_cluster(cluster: Cluster, options: dict[str, Any], workers: Workers) -> None:
@@ -40,6 +43,7 @@ def test_workers_follow_the_cluster(cluster: Cluster, options: dict[str, Any], w
     ("options", "lacking"),
     [
         ({"num_workers": 9}, "CPU: 9 wanted, 8 there"),
+        ({"max_workers": 9}, "CPU: 9 wanted, 8 there"),
         ({"num_workers": 3, "num_cpus": 4}, "CPU: 12 wanted, 8 there"),
         ({"num_gpus": 1}, "GPU: 1 wanted, 0 there"),
     ],
@@ -52,6 +56,23 @@ def test_workers_that_can_never_start_are_refused(options: dict[str, Any], lacki
 
 def test_there_are_no_more_workers_than_shards() -> None:
     assert plan_workers(config(num_workers=8), LAPTOP, 3).count == 3
+    workers = plan_workers(config(num_workers=2, max_workers=8), LAPTOP, 3)
+    assert (workers.count, workers.most) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "number"),
+    [
+        ({}, 2),
+        ({"shard_rows": 5000}, 2),
+        ({"shard_rows": 64}, 3),  # two fill the batch while the third is written
+        ({"shard_rows": 1}, 8),
+        ({"shard_rows": 1, "shards_in_flight": 40}, 40),
+        ({"shards_in_flight": 1}, 1),
+    ],
+)
+def test_shards_in_flight_fill_the_batch(options: dict[str, Any], number: int) -> None:
+    assert plan_workers(config(**options), LAPTOP, 100).shards_in_flight == number
 
 
 def test_a_cluster_that_may_grow_is_waited_for(caplog: pytest.LogCaptureFixture) -> None:

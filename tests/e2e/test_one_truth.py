@@ -157,15 +157,18 @@ def offline(cluster: None, rows: list[Row], tmp_path_factory: pytest.TempPathFac
             columns={"sampling": {name: name for name in COLUMNS}},
             progress=False,
         )
-        table = [json.loads(line) for part in result.parts for line in Path(part).read_text().splitlines()]
-        for place, row in zip(places, table, strict=True):
-            error = row["error"]
-            found[place] = (
-                Outcome(code=error["code"])
-                if error is not None
-                else Outcome(row["text"], row["finish_reason"], row["prompt_tokens"], row["completion_tokens"])
-            )
+        lines = [line for part in result.parts for line in Path(part).read_text().splitlines()]
+        for place, line in zip(places, lines, strict=True):
+            found[place] = outcome_of(line)
     return [outcome for outcome in found if outcome is not None]
+
+
+def outcome_of(line: str) -> Outcome:
+    """A line of a part."""
+    row = json.loads(line)
+    if row["error"] is not None:
+        return Outcome(code=row["error"]["code"])
+    return Outcome(row["text"], row["finish_reason"], row["prompt_tokens"], row["completion_tokens"])
 
 
 def test_the_same_rows_give_the_same_answers_by_batch_and_over_http(
@@ -174,6 +177,29 @@ def test_the_same_rows_give_the_same_answers_by_batch_and_over_http(
     differing = [
         f"row {place} ({row.task}, {row.kind}):\n  HTTP  {there}\n  batch {here}"
         for place, (row, there, here) in enumerate(zip(rows, online, offline, strict=True))
+        if there != here
+    ]
+    assert not differing, "\n".join(differing)
+
+
+def test_the_same_rows_mixed_in_one_job_give_the_same_answers(
+    cluster: None, rows: list[Row], offline: list[Outcome], tmp_path: Path
+) -> None:
+    names = ("prompt", "messages", "schema", "system", *COLUMNS)
+    result = run_batch(
+        [{"task": row.task, **{name: row.values.get(name) for name in names}} for row in rows],
+        experts={task: demo.package(task) for task in demo.TASKS},
+        output=tmp_path / "mixed",
+        output_format="jsonl",
+        base_model=demo.BASE_MODEL,
+        dtype="float32",
+        columns={"expert": "task", "sampling": {name: name for name in COLUMNS}},
+        progress=False,
+    )
+    mixed = [outcome_of(line) for part in result.parts for line in Path(part).read_text().splitlines()]
+    differing = [
+        f"row {place} ({row.task}, {row.kind}):\n  mixed {there}\n  alone {here}"
+        for place, (row, there, here) in enumerate(zip(rows, mixed, offline, strict=True))
         if there != here
     ]
     assert not differing, "\n".join(differing)

@@ -12,7 +12,7 @@ from torch import nn
 
 from pipeline import Expert, demo
 from pipeline.batch.config import BatchConfig
-from pipeline.batch.plan import open_expert, prepare
+from pipeline.batch.plan import open_experts, prepare
 from pipeline.demo.questions import draw_questions, write_questions
 from pipeline.demo.scoring import exact_match
 from pipeline.demo.tasks import DIALECTS
@@ -264,7 +264,7 @@ def test_a_job_of_another_quantisation_is_another_job(tmp_path: Path) -> None:
             output=tmp_path / "answers",
             quantization=quantization,
         )
-        prints[quantization] = prepare(config, open_expert(config)).output.fingerprint
+        prints[quantization] = prepare(config, open_experts(config)).output.fingerprint
     assert {name for name in prints["none"] if prints["none"][name] != prints["int8"][name]} == {"quantization"}
 
 

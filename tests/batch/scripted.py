@@ -1,0 +1,104 @@
+"""Engines at the worker's seam that compute nothing: they answer, end the process, raise or hang as the prompt says."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from pipeline.batch.answering import EngineJob, LoadedEngine
+from pipeline.engine.stats import EngineStats
+from pipeline.engine.types import Completion, Request, SamplingParams
+from pipeline.errors import InvalidRequestError
+
+KILL, RAISE, HANG = "kill", "raise", "hang"
+
+
+class ScriptedBuilder:
+    """Makes requests whose tokens are the prompt's bytes; a prompt that is no text is that row's error."""
+
+    def __init__(self, expert: str | None = None) -> None:
+        self._expert = expert
+
+    def build(self, request_id: str, *, options: Mapping[str, Any] | None = None, **fields: Any) -> Request:
+        """A request for a prompt."""
+        prompt = fields["prompt"]
+        if not isinstance(prompt, str):
+            raise InvalidRequestError("prompt is no text", hint="Give text.")
+        params = SamplingParams(seed=(options or {}).get("seed", 0))
+        return Request(request_id, tuple(prompt.encode()), params, expert=self._expert)
+
+
+class ScriptedEngine:
+    """Answers a prompt with itself in capitals, after the expert's name; remembers the calls it was given."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[str]] = []
+        self._num_steps = 0
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """Answer, last one first."""
+        asked = list(requests)
+        self.calls.append([_prompt(request) for request in asked])
+        self._begin([_prompt(request) for request in asked])
+        for request in reversed(asked):
+            self._num_steps += 1
+            text = f"{request.expert or ''}:{_prompt(request).upper()}"
+            yield Completion(request.id, text, "stop", len(request.prompt_token_ids), 1)
+
+    def stats(self) -> EngineStats:
+        """How many were answered."""
+        return EngineStats(num_steps=self._num_steps)
+
+    def close(self) -> None:
+        """Nothing is to be freed."""
+
+    def _begin(self, prompts: list[str]) -> None:
+        """What happens before anything is answered."""
+
+
+class DeadlyEngine(ScriptedEngine):
+    """Ends its process, raises, or does nothing for ever, where a prompt says so."""
+
+    def _begin(self, prompts: list[str]) -> None:
+        if KILL in prompts:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if RAISE in prompts:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        while HANG in prompts:
+            time.sleep(1)
+
+
+class MeetingEngine(ScriptedEngine):
+    """Answers nobody until two calls have met in it; who stays alone fails the job after a minute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._meeting = threading.Barrier(2, timeout=60)
+
+    def _begin(self, _: list[str]) -> None:
+        self._meeting.wait()
+
+
+def _prompt(request: Request) -> str:
+    return bytes(request.prompt_token_ids).decode()
+
+
+def _loaded(engine: ScriptedEngine, job: EngineJob) -> LoadedEngine:
+    return LoadedEngine(engine, {expert.name: ScriptedBuilder(expert.name) for expert in job.experts})
+
+
+def load_scripted(job: EngineJob) -> LoadedEngine:
+    """A loader of `ScriptedEngine`."""
+    return _loaded(ScriptedEngine(), job)
+
+
+def load_deadly(job: EngineJob) -> LoadedEngine:
+    """A loader of `DeadlyEngine`."""
+    return _loaded(DeadlyEngine(), job)
+
+
+def load_meeting(job: EngineJob) -> LoadedEngine:
+    """A loader of `MeetingEngine`."""
+    return _loaded(MeetingEngine(), job)
