@@ -1,7 +1,7 @@
 """Running the shards of a job on Ray Data."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -14,10 +14,10 @@ from ray.data.exceptions import ExecutionTimeoutError
 
 from pipeline.batch.blocks import ShardDatasource
 from pipeline.batch.cluster import Cluster, connect
-from pipeline.batch.commit import Receipt
 from pipeline.batch.config import BatchConfig
 from pipeline.batch.plan import PreparedJob, absolute
 from pipeline.batch.progress import Phases, Progress
+from pipeline.batch.receipts import Receipt
 from pipeline.batch.shards import Shard
 from pipeline.batch.worker import ShardWorker, WorkerJob
 from pipeline.errors import ConfigError, ExpertError, JobFailedError
@@ -51,7 +51,13 @@ class Workers:
     num_threads: int | None
 
 
-def execute(job: PreparedJob, done: Mapping[int, Receipt], progress: Progress, phases: Phases) -> RunCounts:
+def execute(
+    job: PreparedJob,
+    done: Mapping[int, Receipt],
+    progress: Progress,
+    phases: Phases,
+    on_receipt: Callable[[Receipt], None] = lambda _: None,
+) -> RunCounts:
     """Answer every shard that is not done yet.
 
     Args:
@@ -59,6 +65,7 @@ def execute(job: PreparedJob, done: Mapping[int, Receipt], progress: Progress, p
         done: Receipts of committed shards, by shard.
         progress: Shows how far it is.
         phases: Time until the first shard is begun counts as `start`, the rest as `run`.
+        on_receipt: Called with the receipt of each shard that is answered; what it raises ends the job.
 
     Raises:
         ConfigError: The workers do not fit the cluster.
@@ -85,6 +92,7 @@ def execute(job: PreparedJob, done: Mapping[int, Receipt], progress: Progress, p
             with phases.phase("run"):
                 for receipt, _ in chain([(first, seconds)], receipts):
                     progress.update(receipt)
+                    on_receipt(receipt)
                     rows += receipt.rows
                     tokens += receipt.completion_tokens
     finally:

@@ -8,14 +8,19 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.batch.cluster import connect
-from pipeline.batch.commit import INPUT, refuse_foreign
+from pipeline.batch.commit import refuse_foreign
 from pipeline.batch.config import BatchConfig
-from pipeline.batch.execute import RunCounts, execute, quiet
-from pipeline.batch.plan import OpenExpert, open_expert, prepare
+from pipeline.batch.drive import drive
+from pipeline.batch.execute import RunCounts, quiet
+from pipeline.batch.layout import INPUT
+from pipeline.batch.lease import hold
+from pipeline.batch.manifest import check_parts
+from pipeline.batch.plan import OpenExpert, PreparedJob, open_expert, prepare
 from pipeline.batch.progress import BatchReport, Phases, Progress, per_second
 from pipeline.batch.result import BatchResult
 from pipeline.batch.staging import stage_in_memory, stage_tables
 from pipeline.batch.storage import open_storage
+from pipeline.errors import FingerprintError
 
 DATA_EXTENSIONS = (".parquet", ".jsonl", ".ndjson", ".json", ".csv")
 
@@ -51,6 +56,7 @@ def run_batch(
         LoadError: The package or its base model cannot be used.
         DatasetError: The dataset cannot be found or read.
         OutputError: The output cannot be written, or belongs to another job.
+        OutputInUseError: Another driver is writing to the output.
         JobFailedError: Workers failed; the same call continues.
 
     Example:
@@ -90,14 +96,13 @@ def run_config(config: BatchConfig, *, progress: bool = True) -> BatchResult:
 def _run(config: BatchConfig, opened: OpenExpert, phases: Phases, *, progress: bool) -> BatchResult:
     with phases.phase("plan"):
         job = prepare(config, opened)
-        job.output.begin()
-        was_complete = job.output.is_complete()
-        done = {} if was_complete else job.output.committed()
-    counts = RunCounts()
-    if not was_complete:
-        counts = execute(job, done, Progress(enabled=progress, seconds=config.progress_seconds), phases)
-    with phases.phase("commit"):
-        manifest = job.output.finish()
+        manifest = _already_complete(job)
+    answered: RunCounts | None = None
+    if manifest is None:
+        shown = Progress(enabled=progress, seconds=config.progress_seconds)
+        with hold(job.output.storage, seconds=config.lease_seconds) as lease:
+            manifest, answered = drive(job, lease, shown, phases)
+    counts = answered or RunCounts()
     seconds = phases.seconds()
     report = BatchReport(
         output=job.output.storage.url(""),
@@ -111,9 +116,23 @@ def _run(config: BatchConfig, opened: OpenExpert, phases: Phases, *, progress: b
         rows_per_second=per_second(counts.rows, seconds["run"]),
         tokens_per_second=per_second(counts.completion_tokens, seconds["run"]),
         seconds=seconds,
-        already_complete=was_complete,
+        already_complete=answered is None,
     )
     return BatchResult(job, manifest, report)
+
+
+def _already_complete(job: PreparedJob) -> dict[str, Any] | None:
+    """The manifest of a job that leaves nothing to do. Nothing is written, and no other driver is in the way."""
+    try:
+        is_taken = job.output.is_taken()
+    except FingerprintError:
+        if job.config.overwrite:
+            return None
+        raise
+    manifest = job.output.sealed() if is_taken and not job.config.retry_errors else None
+    if manifest is not None:
+        check_parts(job.output.storage, manifest)
+    return manifest
 
 
 def _is_in_memory(dataset: Any) -> bool:

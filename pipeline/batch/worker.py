@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from pipeline.batch.commit import JobOutput, Receipt
+from pipeline.batch.commit import JobOutput
 from pipeline.batch.config import ResolvedColumns
 from pipeline.batch.parts import AnsweredRow, PartFormat, encode_part
+from pipeline.batch.receipts import Receipt
+from pipeline.batch.row_errors import mended_part, row_errors
 from pipeline.batch.rows import Row, iter_rows
 from pipeline.batch.shards import Shard
 from pipeline.engine.types import Completion, Failure, Request
@@ -87,6 +89,12 @@ class ShardWorker:
     def _answer(self, shard: Shard, table: pa.Table) -> Receipt:
         form = self._job.part_format
         rows = list(iter_rows(shard, table))
+        old_part = self._job.output.part_to_mend(shard.index)
+        wanted: list[int] = []  # rows that are answered again, when others of the part have answers already
+        if old_part is not None:
+            errors = row_errors(old_part, form.kind, shard.index, prefix=form.prefix, id_column=None)
+            wanted = [error.row for error in errors]
+            rows, table = [rows[row] for row in wanted], table.take(pa.array(wanted, pa.int64()))
         answers: dict[str, Completion] = {}
         requests: list[Request] = []
         for position, row in enumerate(rows):
@@ -98,7 +106,10 @@ class ShardWorker:
                 answers[str(position)] = _failed(str(position), error)
         answers |= {completion.request_id: completion for completion in self._expert.engine.generate(requests)}
         answered = [AnsweredRow(row, answers.get(str(position))) for position, row in enumerate(rows)]
-        return self._job.output.commit(shard.index, encode_part(answered, form, table))
+        part = encode_part(answered, form, table)
+        if old_part is not None:
+            part = mended_part(old_part, part, wanted, form)
+        return self._job.output.commit(shard.index, part)
 
     def _request(self, request_id: str, row: Row) -> Request:
         columns = self._job.columns

@@ -68,6 +68,10 @@ def test_defaults() -> None:
         "shard_rows": 256,
         "engine": "packed",
         "batch_size": 128,
+        "overwrite": False,
+        "retry_errors": False,
+        "lease_seconds": 60.0,
+        "parquet_compression": "zstd",
         "progress_seconds": 5.0,
     }
     assert config.columns == ColumnsConfig()
