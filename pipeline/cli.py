@@ -55,12 +55,19 @@ BaseModelOption = Annotated[
 def run(
     config: Annotated[Path, typer.Argument(help="A YAML file; configs/batch.yaml shows every key.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys to override.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an output that belongs to another job.")
+    ] = False,
+    retry_errors: Annotated[
+        bool, typer.Option("--retry-errors", help="Answer again the rows of the output that have an error.")
+    ] = False,
 ) -> None:
     """Run a batch job, or continue it.
 
     Example: expert run configs/demo.yaml num_workers=2 sampling.max_tokens=64
     """
-    run_job(config, overrides or [])
+    flags = {"overwrite": overwrite, "retry_errors": retry_errors}
+    run_job(config, [*(overrides or []), *(f"{name}=true" for name, given in flags.items() if given)])
 
 
 def run_job(config: Path, overrides: list[str]) -> None:
@@ -231,6 +238,65 @@ def serve_packages(
             "replicas": {"min": replicas, "max": replicas},
         }
         run_service(ServeConfig.from_options(options), typer.echo, phases)
+
+
+StorageOption = Annotated[
+    list[str] | None,
+    typer.Option("--storage-option", metavar="KEY=VALUE", help="An option of the storage (fsspec); may be repeated."),
+]
+
+
+@app.command("status")
+def show_status(
+    output: Annotated[str, typer.Argument(help="The folder or URL that a job writes to.")],
+    storage_option: StorageOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Show how far a batch job is, while it runs or after it died.
+
+    Example: expert status demo-output/answers-2000
+    """
+    with errors_on_exit("interrupted"):
+        from pipeline.batch.status import output_status
+        from pipeline.batch.storage import open_storage
+
+        status = output_status(open_storage(output, _options(storage_option)))
+        typer.echo(json.dumps(status.to_dict(), ensure_ascii=False, indent=2) if as_json else str(status))
+
+
+@app.command("verify-output")
+def verify_output(
+    output: Annotated[str, typer.Argument(help="The folder or URL that a job wrote to.")],
+    storage_option: StorageOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Recount a finished output: every part, receipt and total; the exit code is 1 when anything is wrong.
+
+    Example: expert verify-output demo-output/answers-2000
+    """
+    with errors_on_exit("interrupted"):
+        from pipeline.batch.storage import open_storage
+        from pipeline.batch.verify import verify
+
+        found = verify(open_storage(output, _options(storage_option)))
+        typer.echo(json.dumps(found.to_dict(), ensure_ascii=False, indent=2) if as_json else str(found))
+        if not found.ok:
+            raise typer.Exit(EXIT_FAILED)
+
+
+def _options(given: list[str] | None) -> dict[str, Any]:
+    """Storage options as a config file would give them: `client_kwargs.endpoint_url=http://...` nests."""
+    options: dict[str, Any] = {}
+    for item in given or []:
+        name, separator, value = item.partition("=")
+        if not name or not separator:
+            raise ConfigError(f"--storage-option {item!r} is not KEY=VALUE", hint="Write for example anon=true.")
+        *folders, last = name.split(".")
+        place = options
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[last] = {"true": True, "false": False}.get(value, value)
+    return options
 
 
 @contextmanager

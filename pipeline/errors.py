@@ -20,7 +20,9 @@
     ├── BatchError                      a batch job cannot run or did not finish
     │   ├── DatasetError                the dataset cannot be found or read
     │   ├── OutputError                 the output cannot be written
-    │   │   └── FingerprintError        the output belongs to a job with another configuration
+    │   │   ├── FingerprintError        the output belongs to a job with another configuration
+    │   │   ├── OutputInUseError        another driver is writing to the output
+    │   │   └── LeaseLostError          another driver has taken the output over
     │   ├── JobFailedError              workers failed; what is committed stays
     │   ├── TooManyErrorsError          more rows have errors than the job allows
     │   └── WorkerLostError             a shard ends its workers again and again
@@ -190,6 +192,18 @@ class FingerprintError(OutputError):
     """The output belongs to a job with another configuration."""
 
     code = "fingerprint_mismatch"
+
+
+class OutputInUseError(OutputError):
+    """Another driver is writing to the output, and is alive."""
+
+    code = "output_in_use"
+
+
+class LeaseLostError(OutputError):
+    """Another driver has taken the output over, because this one gave no sign of life for too long."""
+
+    code = "lease_lost"
 
 
 class JobFailedError(BatchError):

@@ -8,8 +8,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from pipeline import demo
+from pipeline.batch.local_storage import LocalStorage
 from pipeline.cli import app
 from pipeline.demo.questions import draw_questions
+from tests.batch.outputs import make_output
 
 SQL = str(demo.package("sql"))
 BASE = str(demo.BASE_MODEL)
@@ -63,6 +65,9 @@ def test_demo_data_writes_questions(task: demo.Task, tmp_path: Path) -> None:
         (["inspect", __file__], 1, ["ArchiveError", "Fix:"]),
         (["run", "nowhere.yaml"], 2, ["ConfigError", "nowhere.yaml", "Fix:"]),
         (["run", "configs/demo.yaml", "num_wrokers=2"], 2, ["ConfigError", "num_workers", "Fix:"]),
+        (["status", "nowhere"], 1, ["OutputError", "not the output of a job", "Fix:"]),
+        (["verify-output", "nowhere"], 1, ["OutputError", "not the output of a job", "Fix:"]),
+        (["status", "s3://a/b", "--storage-option", "x"], 2, ["ConfigError", "KEY=VALUE", "Fix:"]),
         (["generate"], 2, ["Missing argument"]),
         (["demo-data", "x.parquet", "--rows", "0"], 2, ["--rows"]),
     ],
@@ -78,6 +83,25 @@ def test_a_mistake_is_told_without_a_traceback(
     assert "Traceback" not in failed.output
 
 
+def test_status_and_verification_of_an_output(tmp_path: Path) -> None:
+    storage = LocalStorage(str(tmp_path / "out"))
+    output = make_output(storage, "jsonl", [{}, {1}], finished=False)
+    unfinished = expert("status", str(tmp_path / "out"))
+    assert unfinished.exit_code == 0, unfinished.stderr
+    for words in ("2 of 2 (100.0%)", "stopped", "1 (prompt_too_long 1)"):
+        assert words in unfinished.stdout
+    assert expert("verify-output", str(tmp_path / "out")).exit_code == 1
+    output.finish()
+    assert json.loads(expert("status", str(tmp_path / "out"), "--json").stdout)["complete"] is True
+    verified = expert("verify-output", str(tmp_path / "out"))
+    assert verified.exit_code == 0, verified.output
+    assert "8 in 2 parts" in verified.stdout
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    found = expert("verify-output", str(tmp_path / "out"), "--json")
+    assert found.exit_code == 1
+    assert json.loads(found.stdout)["problems"] == [{"where": "notes.txt", "what": "is no file of a job"}]
+
+
 def test_every_command_teaches_by_example() -> None:
-    for command in ("run", "generate", "demo-data"):
+    for command in ("run", "generate", "demo-data", "status", "verify-output"):
         assert "Example: expert" in expert(command, "--help").stdout

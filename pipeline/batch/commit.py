@@ -3,101 +3,56 @@
 part-00000.parquet   the answers of shard 0, created once and whole
 _job.json            the job's fingerprint, created before the first part
 _commits/00000.json  the receipt of part 0: what it holds
+_errors/             the rows of each part that have an error, when there are any; written before the receipt
+_packs/              copies of many receipts, while the job runs
 _attempts/           unfinished attempts of a local disk
 _input/              rows that came from memory, when they did
-_manifest.json       all receipts, when every shard is committed
+_lease/              who drives the job, see `lease`
+_retry/              rows with an error that are being answered again, see `retry`
+_errors.jsonl        all rows that have an error, when every shard is committed
+_manifest.json       all receipts
 _SUCCESS             the manifest's SHA-256; the last file to appear
 """
 
 import hashlib
 import json
-import re
 import uuid
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
+from pipeline.batch.layout import (
+    ATTEMPTS,
+    INPUT,
+    JOB,
+    LEASE,
+    PACKS,
+    RETRY,
+    ROW_ERRORS,
+    SUCCESS,
+    part_name,
+    receipt_name,
+    row_errors_name,
+    shard_of,
+)
+from pipeline.batch.manifest import seal, sealed_manifest, sweep
 from pipeline.batch.parts import PartKind, count_part
+from pipeline.batch.receipts import (
+    PACK_RECEIPTS,
+    Receipt,
+    in_threads,
+    json_bytes,
+    read_packs,
+    read_receipt,
+    write_pack,
+)
+from pipeline.batch.retry import PLAN, read_plan
+from pipeline.batch.row_errors import row_errors, row_errors_bytes
 from pipeline.batch.storage import Storage
 from pipeline.errors import FingerprintError, OutputError
 
-JOB, MANIFEST, SUCCESS = "_job.json", "_manifest.json", "_SUCCESS"
-COMMITS, ATTEMPTS, INPUT = "_commits", "_attempts", "_input"
-_NUM_THREADS = 16
 _MAX_NAMED = 8
-_PART = re.compile(r"part-(\d{5,})\.(parquet|jsonl)")
-_RECEIPT = re.compile(rf"{COMMITS}/(\d{{5,}})\.json")
-_KINDS: dict[str, type] = {"path": str, "sha256": str, "error_codes": dict}
-_Text = str | bytes
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """What a committed part holds.
-
-    Args:
-        shard: The shard's index.
-        rows: Rows in the part.
-        error_codes: Rows with an error, by the error's code.
-        prompt_tokens: Prompt tokens of all rows.
-        completion_tokens: Generated tokens of all rows.
-        bytes: The part's size.
-        path: The part's name, relative to the output folder.
-        sha256: The part's digest, in hex.
-    """
-
-    shard: int
-    rows: int
-    error_codes: dict[str, int] = field(hash=False)
-    prompt_tokens: int
-    completion_tokens: int
-    bytes: int
-    path: str
-    sha256: str
-
-    @property
-    def errors(self) -> int:
-        """Rows with an error."""
-        return sum(self.error_codes.values())
-
-    def to_json(self) -> str:
-        """The receipt as one line of JSON."""
-        return _json(asdict(self)).decode()
-
-    @classmethod
-    def from_json(cls, text: _Text) -> "Receipt":
-        """The receipt that `to_json` wrote.
-
-        Raises:
-            OutputError: The text is not a receipt.
-        """
-        hint = "Delete the receipt, and run the same command again: it is made anew from the part."
-        try:
-            values = json.loads(text)
-        except ValueError as error:
-            raise OutputError(f"a receipt is damaged: {error}", hint=hint) from error
-        kinds = {item.name: _KINDS.get(item.name, int) for item in fields(cls)}
-        if (
-            not isinstance(values, dict)
-            or values.keys() != kinds.keys()
-            or any(type(values[name]) is not kind for name, kind in kinds.items())
-        ):
-            raise OutputError("a receipt is damaged: its fields are other ones", hint=hint)
-        return cls(**values)
-
-
-def part_name(shard_index: int, kind: PartKind) -> str:
-    """The name of a shard's part, e.g. `part-00000.parquet`."""
-    return f"part-{shard_index:05d}.{kind}"
-
-
-def receipt_name(shard_index: int) -> str:
-    """The name of a shard's receipt, e.g. `_commits/00000.json`."""
-    return f"{COMMITS}/{shard_index:05d}.json"
+_OURS = ("output_format", "output_prefix", "num_shards")
 
 
 def refuse_foreign(storage: Storage) -> None:
@@ -106,7 +61,7 @@ def refuse_foreign(storage: Storage) -> None:
     Raises:
         OutputError: There are such files; names some.
     """
-    own = (f"{ATTEMPTS}/", f"{INPUT}/")
+    own = (f"{ATTEMPTS}/", f"{INPUT}/", f"{LEASE}/")
     names = [name for name in storage.list() if not name.startswith(own)]
     if names and JOB not in names and not storage.exists(JOB):
         raise OutputError(
@@ -126,6 +81,7 @@ class JobOutput:
         kind: How parts are written.
         num_shards: Shards of the job.
         prefix: Stands before the names of our columns in the parts.
+        mends: Of a round that answers rows with an error again: the output whose rows they are; see `retry`.
     """
 
     storage: Storage
@@ -133,6 +89,27 @@ class JobOutput:
     kind: PartKind
     num_shards: int
     prefix: str = ""
+    mends: Storage | None = None
+
+    @property
+    def id_column(self) -> str | None:
+        """The column that holds a row's identity, if the job has one."""
+        columns = self.fingerprint.get("columns")
+        name = columns.get("id") if isinstance(columns, Mapping) else None
+        return name if isinstance(name, str) else None
+
+    def is_taken(self) -> bool:
+        """Whether the folder is this job's already. Nothing is written.
+
+        Raises:
+            FingerprintError: The folder belongs to another job; names each field that differs.
+            OutputError: The folder holds something else.
+        """
+        if not self.storage.exists(JOB):
+            refuse_foreign(self.storage)
+            return False
+        self._compare_job()
+        return True
 
     def begin(self) -> None:
         """Take the folder for this job, or find that it is this job's already. Call it once, before any commit.
@@ -142,29 +119,41 @@ class JobOutput:
             OutputError: The folder holds something else, cannot be written to, or does not keep the first of two
                 files of one name.
         """
-        if not self.storage.exists(JOB):
-            refuse_foreign(self.storage)
+        if not self.is_taken():
             self._check_create_only()
-            if self.storage.create(JOB, self._job()):
-                return
-        self._compare_job()
+            if not self.storage.create(JOB, self.job()):
+                self._compare_job()
 
-    def committed(self) -> dict[int, Receipt]:
+    def committed(self, known: Mapping[int, Receipt] | None = None) -> dict[int, Receipt]:
         """The receipts of all committed shards, by shard.
 
-        A part without a receipt, whose writer died between the two, is given one.
+        A part without a receipt, whose writer died between the two, is given one. Receipts that are packed, or in the
+        manifest of a finished job, are not read one by one.
+
+        Args:
+            known: Receipts that need not be read again, as they came from `commit` or this method before.
 
         Raises:
             OutputError: A receipt is damaged, or does not go with its part; says what to delete.
         """
         sizes = self.storage.list()
-        parts = {int(match[1]): name for name in sizes if (match := _PART.fullmatch(name))}
-        receipts = {int(match[1]) for name in sizes if (match := _RECEIPT.fullmatch(name))}
+        parts = {shard: name for name in sizes if (shard := shard_of(name, "part")) is not None}
+        receipts = {shard for name in sizes if (shard := shard_of(name, "receipt")) is not None}
         self._refuse_strange(parts, receipts)
-        found = _in_threads(lambda shard: self._receipt(shard, exists=shard in receipts), sorted(parts))
-        for receipt in found:
-            _check_size(receipt, sizes[parts[receipt.shard]])
-        return {receipt.shard: receipt for receipt in found}
+        copies = dict(known) if known is not None else self.copies(sizes)
+        if copies.keys() - receipts:  # someone deleted a receipt, so that it is made anew
+            self.storage.remove_tree(PACKS)
+            copies = {shard: copies[shard] for shard in copies.keys() & receipts}
+        loose = [shard for shard in sorted(parts) if shard not in copies]
+        found = in_threads(lambda shard: self._receipt(shard, exists=shard in receipts), loose)
+        if known is None and SUCCESS not in sizes and PLAN not in sizes:
+            for start in range(0, len(found) - PACK_RECEIPTS + 1, PACK_RECEIPTS):
+                write_pack(self.storage, found[start : start + PACK_RECEIPTS])
+        copies.update((receipt.shard, receipt) for receipt in found)
+        for shard, name in parts.items():
+            if copies[shard].bytes != sizes[name]:
+                raise _disagreement(shard)
+        return {shard: copies[shard] for shard in sorted(parts)}
 
     def commit(self, shard_index: int, data: bytes) -> Receipt:
         """Commit a shard's part, unless another attempt did so first.
@@ -179,28 +168,37 @@ class JobOutput:
         Raises:
             OutputError: The part cannot be written; the shard can be tried again.
         """
-        receipt = self._receipt_of(shard_index, data)
+        self._compare_job()  # a worker that outlived its job must not write among the parts of the next one
+        receipt = self.receipt_of(shard_index, data)
         if self.storage.create(receipt.path, data):
-            return self._write_receipt(receipt)
+            return self._write_receipt(receipt, data)
         return self._receipt(shard_index, exists=self.storage.exists(receipt_name(shard_index)))
 
+    def part_to_mend(self, shard_index: int) -> bytes | None:
+        """The part whose rows with an error are to be answered again, in a round that does so; else None."""
+        return None if self.mends is None else self.mends.read(part_name(shard_index, self.kind))
+
     def is_complete(self) -> bool:
-        """Whether the job has finished: `_SUCCESS` is there and goes with the manifest.
+        """Whether the job has finished; see `sealed`."""
+        return self.sealed() is not None
+
+    def sealed(self) -> dict[str, Any] | None:
+        """The manifest of the finished job; None while it is not finished, or rows with an error are answered again.
 
         Raises:
             OutputError: `_SUCCESS` is there, and the manifest is not the one it was written for.
         """
         if not self.storage.exists(SUCCESS):
-            return False
-        if self.storage.read(SUCCESS) != _success(self.storage.read(MANIFEST)):
-            raise OutputError(
-                f"{MANIFEST} is not the one that {SUCCESS} was written for",
-                hint=f"Delete {MANIFEST} and {SUCCESS}, and run the same command again: they are made anew.",
-            )
-        return True
+            return None
+        manifest = sealed_manifest(self.storage)
+        plan = read_plan(self.storage)
+        return manifest if plan is None or manifest.get("retry") == plan.round else None
 
-    def finish(self) -> dict[str, Any]:
-        """Write the manifest and `_SUCCESS`, and remove what attempts left behind. May be called again.
+    def finish(self, known: Mapping[int, Receipt] | None = None) -> dict[str, Any]:
+        """Write the manifest, `_errors.jsonl` and `_SUCCESS`, and remove what attempts left. May be called again.
+
+        Args:
+            known: Receipts that need not be read again.
 
         Returns:
             The manifest: the fingerprint, the counts of all parts together, and every receipt.
@@ -208,53 +206,66 @@ class JobOutput:
         Raises:
             OutputError: A shard is not committed, or another manifest is there.
         """
-        receipts = self.committed()
-        missing = [shard for shard in range(self.num_shards) if shard not in receipts]
-        if missing:
-            raise OutputError(
-                f"{len(missing)} of {self.num_shards} shards are not committed",
-                details=[f"shard {shard}" for shard in missing[:_MAX_NAMED]],
-                hint="Run the same command again; it answers what is missing.",
-            )
-        manifest = self._manifest([receipts[shard] for shard in range(self.num_shards)])
-        data = _json(manifest)
-        if not self.storage.create(MANIFEST, data) and self.storage.read(MANIFEST) != data:
-            raise OutputError(
-                f"{MANIFEST} does not go with the receipts",
-                hint=f"Delete {MANIFEST} and {SUCCESS}, and run the same command again: they are made anew.",
-            )
-        self.storage.create(SUCCESS, _success(data))
-        self.is_complete()
-        self.storage.remove_tree(ATTEMPTS)
+        # Listed before the manifest is read: what another driver may write after it is not in these lists.
+        swept = [*self.storage.list(ROW_ERRORS), *self.storage.list(RETRY)]
+        manifest = self.sealed() or seal(self, known)
+        sweep(self.storage, manifest, swept)
         return manifest
 
-    def _job(self) -> bytes:
-        return _json(self._fields())
+    def write_row_errors(self, receipt: Receipt, data: bytes | None = None) -> bytes:
+        """Write the list of a part's rows with an error.
 
-    def _fields(self) -> dict[str, Any]:
-        ours = {"output_format": self.kind, "output_prefix": self.prefix, "num_shards": self.num_shards}
-        return {**self.fingerprint, **ours}
+        Args:
+            receipt: The part's.
+            data: The part; read if None.
+
+        Returns:
+            The list, as JSON lines.
+        """
+        part = self.storage.read(receipt.path) if data is None else data
+        found = row_errors(part, self.kind, receipt.shard, prefix=self.prefix, id_column=self.id_column)
+        content = row_errors_bytes(found)
+        self.storage.create(row_errors_name(receipt.shard, receipt.sha256), content)
+        return content
+
+    def copies(self, sizes: Mapping[str, int]) -> dict[int, Receipt]:
+        """Receipts that can be had without reading their own files, by shard.
+
+        Args:
+            sizes: The listing of the folder.
+
+        Raises:
+            OutputError: A pack or the manifest is damaged.
+        """
+        plan = read_plan(self.storage) if PLAN in sizes else None
+        if SUCCESS in sizes:
+            values = sealed_manifest(self.storage).get("parts", [])
+            copies = {item.shard: item for item in map(Receipt.from_values, values)}
+        elif plan is None:
+            copies = read_packs(self.storage, [name for name in sizes if name.startswith(f"{PACKS}/")])
+        else:
+            copies = {}
+        return {shard: copies[shard] for shard in copies.keys() - (set(plan.shards) if plan is not None else set())}
+
+    def job(self) -> bytes:
+        """What `_job.json` holds."""
+        ours = dict(zip(_OURS, (self.kind, self.prefix, self.num_shards), strict=True))
+        return json_bytes({**self.fingerprint, **ours})
 
     def _compare_job(self) -> None:
-        here = json.loads(self._job())
-        try:
-            there = json.loads(self.storage.read(JOB))
-        except ValueError as error:
-            raise OutputError(
-                f"{JOB} is damaged: {error}", hint="Write to another folder, or delete this one."
-            ) from error
+        here = json.loads(self.job())
+        there = _job_values(self.storage if self.mends is None else self.mends)
         if there == here:
             return
-        known = there if isinstance(there, dict) else {}
         differing = [
-            f"{name}: there {_shown(known, name)}, now {_shown(here, name)}"
-            for name in sorted(known.keys() | here.keys())
-            if _shown(known, name) != _shown(here, name)
+            f"{name}: there {_shown(there, name)}, now {_shown(here, name)}"
+            for name in sorted(there.keys() | here.keys())
+            if _shown(there, name) != _shown(here, name)
         ]
         raise FingerprintError(
             f"{self.storage.url('')} belongs to another job",
             details=differing,
-            hint="Run the command that wrote it, name another output folder, or delete this one.",
+            hint="Run the command that wrote it, name another output folder, or replace it: --overwrite.",
         )
 
     def _check_create_only(self) -> None:
@@ -284,13 +295,23 @@ class JobOutput:
     def _receipt(self, shard: int, *, exists: bool) -> Receipt:
         """The receipt of a part that is there; written now when there is none."""
         if not exists:
-            return self._write_receipt(self._receipt_of(shard, self.storage.read(part_name(shard, self.kind))))
-        receipt = Receipt.from_json(self.storage.read(receipt_name(shard)))
+            data = self.storage.read(part_name(shard, self.kind))
+            return self._write_receipt(self.receipt_of(shard, data), data)
+        receipt = read_receipt(self.storage, shard)
         if receipt.shard != shard or receipt.path != part_name(shard, self.kind):
             raise _disagreement(shard)
         return receipt
 
-    def _receipt_of(self, shard: int, data: bytes) -> Receipt:
+    def receipt_of(self, shard: int, data: bytes) -> Receipt:
+        """The receipt that goes with a part.
+
+        Args:
+            shard: The shard.
+            data: The whole part.
+
+        Raises:
+            OutputError: The bytes are not a part.
+        """
         counts = count_part(data, self.kind, self.prefix)
         return Receipt(
             shard=shard,
@@ -303,47 +324,47 @@ class JobOutput:
             sha256=hashlib.sha256(data).hexdigest(),
         )
 
-    def _write_receipt(self, receipt: Receipt) -> Receipt:
-        name = receipt_name(receipt.shard)
-        if not self.storage.create(name, _json(asdict(receipt))):
-            written = Receipt.from_json(self.storage.read(name))
+    def _write_receipt(self, receipt: Receipt, data: bytes) -> Receipt:
+        if receipt.errors:
+            self.write_row_errors(receipt, data)
+        if not self.storage.create(receipt_name(receipt.shard), json_bytes(asdict(receipt))):
+            written = read_receipt(self.storage, receipt.shard)
             if written != receipt:
                 raise _disagreement(receipt.shard)
         return receipt
 
-    def _manifest(self, receipts: list[Receipt]) -> dict[str, Any]:
-        names = ("rows", "errors", "prompt_tokens", "completion_tokens", "bytes")
-        totals: dict[str, Any] = {name: sum(getattr(receipt, name) for receipt in receipts) for name in names}
-        codes = Counter[str]()
-        for receipt in receipts:
-            codes.update(receipt.error_codes)
-        totals["error_codes"] = dict(codes)
-        fingerprint = json.loads(self._job())
-        return {"fingerprint": fingerprint, **totals, "parts": [asdict(receipt) for receipt in receipts]}
+
+def stored_output(storage: Storage) -> JobOutput:
+    """The output of whatever job wrote a folder, from its files alone.
+
+    Raises:
+        OutputError: The folder is not the output of a job.
+    """
+    if not storage.exists(JOB):
+        raise OutputError(
+            f"{storage.url('')} is not the output of a job: it has no {JOB}",
+            hint="Name the folder that a job was told as its output.",
+        )
+    values = _job_values(storage)
+    kind, prefix, num_shards = (values.pop(name, None) for name in _OURS)
+    if kind not in ("parquet", "jsonl") or not isinstance(prefix, str) or not isinstance(num_shards, int):
+        raise OutputError(f"{JOB} is damaged: a field is missing", hint="Write to another folder, or delete this one.")
+    return JobOutput(storage, values, kind, num_shards, prefix)
 
 
-def _in_threads(function: Callable[[_Item], _Result], items: list[_Item]) -> list[_Result]:
-    if len(items) < 2:
-        return [function(item) for item in items]
-    with ThreadPoolExecutor(min(_NUM_THREADS, len(items))) as pool:
-        return list(pool.map(function, items))
-
-
-def _json(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-
-
-def _success(manifest: bytes) -> bytes:
-    return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n".encode()
+def _job_values(storage: Storage) -> dict[str, Any]:
+    hint = "Write to another folder, or delete this one."
+    try:
+        values = json.loads(storage.read(JOB))
+    except ValueError as error:
+        raise OutputError(f"{JOB} is damaged: {error}", hint=hint) from error
+    if not isinstance(values, dict):
+        raise OutputError(f"{JOB} is damaged: it is not an object", hint=hint)
+    return values
 
 
 def _shown(values: Mapping[str, Any], name: str) -> str:
     return json.dumps(values[name], ensure_ascii=False, sort_keys=True) if name in values else "nothing"
-
-
-def _check_size(receipt: Receipt, size: int) -> None:
-    if receipt.bytes != size:
-        raise _disagreement(receipt.shard)
 
 
 def _disagreement(shard: int) -> OutputError:

@@ -158,6 +158,23 @@ class BatchConfig(BaseModel):
         None,
         description="Ray cluster to join; left out, that of RAY_ADDRESS or a running one, else one is started here.",
     )
+    overwrite: bool = Field(
+        False, description="Replace an output that belongs to another job; one of this job is continued all the same."
+    )
+    retry_errors: bool = Field(False, description="Answer again the rows of the output that have an error.")
+    lease_seconds: float = Field(
+        60.0,
+        ge=1,
+        le=3600,
+        allow_inf_nan=False,
+        description="A driver that shows no sign of life for so many seconds may be replaced by another.",
+    )
+    parquet_compression: Literal["zstd", "snappy", "gzip", "lz4", "none"] = Field(
+        "zstd", description="Compression of Parquet answers."
+    )
+    parquet_row_group_rows: int | None = Field(
+        None, ge=1, description="Rows in a row group of Parquet answers; left out, all rows of a shard."
+    )
     progress_seconds: float = Field(
         5.0, gt=0, allow_inf_nan=False, description="Seconds between two progress lines in a log."
     )

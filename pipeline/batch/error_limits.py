@@ -3,9 +3,9 @@
 from collections import Counter
 from collections.abc import Iterable
 
-from pipeline.batch.commit import Receipt
 from pipeline.batch.config import BatchConfig
 from pipeline.batch.plan import PreparedJob
+from pipeline.batch.receipts import Receipt
 from pipeline.batch.result import read_part
 from pipeline.errors import OutputError, TooManyErrorsError
 

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -16,11 +16,11 @@ from ray.data.exceptions import ExecutionTimeoutError
 from pipeline.batch.answering import EngineJob, Loader, load_engine
 from pipeline.batch.blocks import ShardDatasource
 from pipeline.batch.cluster import Cluster, connect
-from pipeline.batch.commit import Receipt
 from pipeline.batch.config import BatchConfig
 from pipeline.batch.error_limits import ErrorTally
 from pipeline.batch.plan import PreparedJob
 from pipeline.batch.progress import Phases, Progress
+from pipeline.batch.receipts import Receipt
 from pipeline.batch.shards import Shard
 from pipeline.batch.worker import ShardWorker, WorkerJob
 from pipeline.errors import ConfigError, ExpertError, JobFailedError
@@ -79,6 +79,7 @@ def execute(
     done: Mapping[int, Receipt],
     progress: Progress,
     phases: Phases,
+    on_receipt: Callable[[Receipt], None] = lambda _: None,
     *,
     is_resumed: bool = False,
     load: Loader = load_engine,
@@ -90,6 +91,7 @@ def execute(
         done: Receipts of committed shards, by shard.
         progress: Shows how far it is.
         phases: Time until the first shard is begun counts as `start`, the rest as `run`.
+        on_receipt: Called with the receipt of each shard that is answered; what it raises ends the job.
         is_resumed: Whether the output was begun by another run.
         load: How workers come to their engines.
 
@@ -120,6 +122,7 @@ def execute(
             with phases.phase("run"):
                 for receipt, _ in chain([(first, seconds)], receipts):
                     progress.update(receipt)
+                    on_receipt(receipt)
                     rows += receipt.rows
                     tokens += receipt.completion_tokens
                     tally.add(receipt)

@@ -5,15 +5,18 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 from pipeline.errors import OutputError
 
 ATTEMPTS = "_attempts"
 _CLAIMS = f"{ATTEMPTS}/claims"
+_COPY_BYTES = 1 << 20
+_SWEPT_TRIES = 5
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -41,22 +44,51 @@ class LocalStorage:
 
     def create(self, name: str, data: bytes) -> bool:
         """Create a file with all its content, unless there is one of that name; see `Storage.create`."""
+        return self._create(name, lambda attempt: attempt.write(data))
+
+    def create_from_file(self, name: str, path: str) -> bool:
+        """Create a file with the content of another, unless there is one of that name; see `Storage`."""
+
+        def copy(attempt: BinaryIO) -> None:
+            with Path(path).open("rb") as source:
+                shutil.copyfileobj(source, attempt, _COPY_BYTES)
+
+        return self._create(name, copy)
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Write a file over the one that is there, if any; see `Storage.replace`."""
+        with self._translated(name, "written"):
+            final = self._path(name)
+            final.parent.mkdir(parents=True, exist_ok=True)
+            attempt = self._path(f"{ATTEMPTS}/{uuid.uuid4()}")
+            try:
+                _write(attempt, lambda file: file.write(data))
+                attempt.replace(final)
+            finally:
+                attempt.unlink(missing_ok=True)
+            _flush_folder(final.parent)
+
+    def _create(self, name: str, write: Callable[[BinaryIO], object]) -> bool:
         final = self._path(name)
         with self._translated(name, "written"):
             if final.exists():
                 return False
             final.parent.mkdir(parents=True, exist_ok=True)
-            attempt = self._path(f"{ATTEMPTS}/{uuid.uuid4()}")
-            try:
-                _write(attempt, data)
-                return self._publish(attempt, final, name)
-            except FileNotFoundError:
-                # who finished the job swept the attempts away; then the file is there
-                if final.exists():
-                    return False
-                raise
-            finally:
-                attempt.unlink(missing_ok=True)
+            for _ in range(_SWEPT_TRIES):
+                attempt = self._path(f"{ATTEMPTS}/{uuid.uuid4()}")
+                try:
+                    _write(attempt, write)
+                    return self._publish(attempt, final, name)
+                except FileNotFoundError:
+                    # who finished the job swept the attempts away; then the file is there, or the sweeper was late
+                    if final.exists():
+                        return False
+                finally:
+                    attempt.unlink(missing_ok=True)
+        raise OutputError(
+            f"{self.url(name)} cannot be written: its attempts disappear",
+            hint=f"See who empties {self.url(ATTEMPTS)}, and run the same command again.",
+        )
 
     def read(self, name: str) -> bytes:
         """The content of a file; see `Storage.read`."""
@@ -72,14 +104,17 @@ class LocalStorage:
         """Name and size of every file below a subfolder; see `Storage.list`."""
         sizes: dict[str, int] = {}
         with self._translated(prefix, "listed"):
-            for parent, _, names in os.walk(self._path(prefix), onerror=_raise_unless_missing):
-                for name in names:
-                    path = Path(parent, name)
-                    try:
-                        sizes[path.relative_to(self.root).as_posix()] = path.lstat().st_size
-                    except FileNotFoundError:  # an attempt of another process, gone since
-                        continue
-        return dict(sorted(sizes.items()))
+            folders = [str(self._path(prefix))]
+            while folders:
+                sizes.update(_files_of(folders.pop(), folders))
+        start = len(str(Path(self.root)).rstrip(os.sep)) + 1
+        return {path[start:].replace(os.sep, "/"): size for path, size in sorted(sizes.items())}
+
+    def remove(self, names: Sequence[str]) -> None:
+        """Remove files; see `Storage.remove`."""
+        for name in names:
+            with self._translated(name, "removed"):
+                self._path(name).unlink(missing_ok=True)
 
     def remove_tree(self, prefix: str) -> None:
         """Remove a subfolder and what is in it; see `Storage.remove_tree`."""
@@ -95,6 +130,10 @@ class LocalStorage:
                         raise
                 else:
                     return
+
+    def subfolder(self, prefix: str) -> "LocalStorage":
+        """A storage of a subfolder; see `Storage.subfolder`."""
+        return replace(self, root=self.url(prefix))
 
     def url(self, name: str) -> str:
         """The absolute path of a file."""
@@ -154,10 +193,10 @@ class LocalStorage:
             raise OutputError(f"{self.url(name)} cannot be {what}: {reason}", hint=hint) from error
 
 
-def _write(attempt: Path, data: bytes) -> None:
+def _write(attempt: Path, write: Callable[[BinaryIO], object]) -> None:
     attempt.parent.mkdir(parents=True, exist_ok=True)
     with attempt.open("xb") as file:
-        file.write(data)
+        write(file)
         file.flush()
         os.fsync(file.fileno())
 
@@ -174,6 +213,19 @@ def _flush_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _raise_unless_missing(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):
-        raise error
+def _files_of(folder: str, below: list[str]) -> dict[str, int]:
+    """Path and size of the files of one folder; its folders are added to `below`. One call of the system a file."""
+    sizes: dict[str, int] = {}
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                try:
+                    if entry.is_dir(follow_symlinks=False):
+                        below.append(entry.path)
+                    else:
+                        sizes[entry.path] = entry.stat(follow_symlinks=False).st_size
+                except FileNotFoundError:  # an attempt of another process, gone since
+                    continue
+    except FileNotFoundError:
+        return sizes
+    return sizes

@@ -1,9 +1,9 @@
 """Create-only objects in S3 and Google Cloud Storage, through fsspec."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.batch.filesystems import translated
@@ -34,10 +34,22 @@ class ObjectStorage:
         A store may answer a lost race in several ways (412, 409, or after a retry of its own): what counts is whether
         the name is taken afterwards.
         """
+        return self._create(name, lambda path: self.filesystem.pipe_file(path, data, mode="create"))
+
+    def create_from_file(self, name: str, path: str) -> bool:
+        """Create an object with the content of a local file, unless there is one of that name; see `Storage`."""
+        return self._create(name, lambda to: self.filesystem.put_file(path, to, mode="create"))
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Write an object over the one that is there, if any; see `Storage.replace`."""
+        with self._translated(name, "written"):
+            self.filesystem.pipe_file(self._path(name), data)
+
+    def _create(self, name: str, write: Callable[[str], object]) -> bool:
         with self._translated(name, "written"):
             for pause in (*_RETRY_SECONDS, None):
                 try:
-                    self.filesystem.pipe_file(self._path(name), data, mode="create")
+                    write(self._path(name))
                 except FileExistsError:
                     return False
                 except PermissionError:
@@ -71,12 +83,25 @@ class ObjectStorage:
         sizes = {path[start:]: int(info["size"]) for path, info in found.items() if not path.endswith("/")}
         return dict(sorted(sizes.items()))
 
+    def remove(self, names: Sequence[str]) -> None:
+        """Remove objects, a thousand a request where the store can; see `Storage.remove`."""
+        if not names:
+            return
+        with self._translated(names[0], "removed"):
+            try:
+                self.filesystem.rm([self._path(name) for name in names])
+            except FileNotFoundError:  # some stores mind that one is gone already
+                for name in names:
+                    with suppress(FileNotFoundError):
+                        self.filesystem.rm_file(self._path(name))
+
     def remove_tree(self, prefix: str) -> None:
         """Remove a subfolder and what is in it; see `Storage.remove_tree`."""
-        names = self.list(prefix)
-        if names:
-            with self._translated(prefix, "removed"):
-                self.filesystem.rm([self._path(name) for name in names])
+        self.remove(list(self.list(prefix)))
+
+    def subfolder(self, prefix: str) -> "ObjectStorage":
+        """A storage of a subfolder; see `Storage.subfolder`."""
+        return replace(self, root=self._path(prefix))
 
     def url(self, name: str) -> str:
         """The URL of an object."""

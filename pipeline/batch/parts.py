@@ -17,6 +17,7 @@ from pipeline.engine.types import Completion, Failure
 from pipeline.errors import ConfigError, DatasetError, OutputError
 
 PartKind = Literal["parquet", "jsonl"]
+Compression = Literal["zstd", "snappy", "gzip", "lz4", "none"]
 OUR_SCHEMA = pa.schema(
     [
         ("text", pa.string()),
@@ -43,6 +44,8 @@ class PartFormat:
         expert: Name and version of what answered, `name@version`; None where each row says so itself.
         expert_sha256: Its digest.
         metadata: Written into the footer of a Parquet part.
+        compression: Of a Parquet part.
+        row_group_rows: Rows in a row group of a Parquet part; None for one group, up to Parquet's own limit.
     """
 
     kind: PartKind
@@ -52,6 +55,8 @@ class PartFormat:
     expert: str | None = None
     expert_sha256: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+    compression: Compression = "zstd"
+    row_group_rows: int | None = None
 
     @property
     def output_names(self) -> tuple[str, ...]:
@@ -125,6 +130,8 @@ def plan_part_format(
     expert: str | None = None,
     expert_sha256: str | None = None,
     metadata: Mapping[str, str] | None = None,
+    compression: Compression = "zstd",
+    row_group_rows: int | None = None,
 ) -> PartFormat:
     """How the parts of a job are written.
 
@@ -135,6 +142,8 @@ def plan_part_format(
         expert: Name and version of what answers.
         expert_sha256: Its digest.
         metadata: Written into the footer of Parquet parts, e.g. the fingerprint's digest; no times.
+        compression: Of Parquet parts.
+        row_group_rows: Rows in a row group of Parquet parts; None for one group.
 
     Raises:
         ConfigError: `kind` is neither.
@@ -151,6 +160,8 @@ def plan_part_format(
         expert=expert,
         expert_sha256=expert_sha256,
         metadata=dict(metadata or {}),
+        compression=compression,
+        row_group_rows=row_group_rows,
     )
     taken = [name for name in form.output_names if name in plan.columns]
     if taken:
@@ -195,8 +206,13 @@ def encode_part(rows: Sequence[AnsweredRow], form: PartFormat, inputs: pa.Table 
         raise OutputError(
             f"a part cannot be written as Parquet: {error}", hint="Write the output as JSONL: output_format: jsonl."
         ) from error
+    return write_parquet(table, form)
+
+
+def write_parquet(table: pa.Table, form: PartFormat) -> bytes:
+    """A table as the bytes of a Parquet part."""
     sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", version="2.6")
+    pq.write_table(table, sink, compression=form.compression, row_group_size=form.row_group_rows, version="2.6")
     return sink.getvalue()
 
 

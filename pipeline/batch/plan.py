@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline import __version__
 from pipeline.batch.answering import JobExpert
 from pipeline.batch.commit import JobOutput
 from pipeline.batch.config import BatchConfig, ResolvedColumns, resolve_columns
 from pipeline.batch.files import is_hidden
 from pipeline.batch.filesystems import protocol_of
+from pipeline.batch.layout import FINGERPRINT_METADATA
 from pipeline.batch.parts import PartFormat, plan_part_format
 from pipeline.batch.shards import ShardPlan
 from pipeline.batch.source import plan_shards
@@ -96,7 +98,14 @@ def prepare(config: BatchConfig, opened: OpenExperts) -> PreparedJob:
         output_prefix=config.output_prefix,
         expert=alone.label if alone else None,
         expert_sha256=alone.sha256 if alone else None,
-        metadata={"expert_pipeline.fingerprint": digest_of(fingerprint)},
+        metadata={
+            FINGERPRINT_METADATA: digest_of(fingerprint),
+            "expert_pipeline.version": __version__,
+            "expert_pipeline.expert": ", ".join(expert.label for expert in experts),
+            "expert_pipeline.expert_sha256": ", ".join(expert.sha256 for expert in experts),
+        },
+        compression=config.parquet_compression,
+        row_group_rows=config.parquet_row_group_rows,
     )
     output = JobOutput(
         storage=open_storage(config.output, config.storage_options),

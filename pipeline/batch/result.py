@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from pipeline.batch.part_values import loose_value
 from pipeline.batch.parts import PartFormat
+from pipeline.batch.row_errors import RowError, row_errors
 from pipeline.batch.storage import Storage
 from pipeline.errors import OutputError
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from pipeline.batch.plan import PreparedJob
     from pipeline.batch.progress import BatchReport
+    from pipeline.batch.verify import Verification
 
 
 class BatchResult:
@@ -37,6 +39,7 @@ class BatchResult:
         self._storage = job.output.storage
         self._ray_address = job.config.ray_address
         self._form = job.part_format
+        self._id_column = job.output.id_column
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -63,6 +66,29 @@ class BatchResult:
         """The answers as Arrow tables, part by part."""
         for part in self.manifest["parts"]:
             yield read_part(self._storage, part["path"], self._form)
+
+    @property
+    def errors(self) -> Iterator[RowError]:
+        """The rows whose answer is an error, in order; read part by part, so that any number of them is no matter."""
+        for part in self.manifest["parts"]:
+            if part["error_codes"]:
+                data = self._storage.read(part["path"])
+                yield from row_errors(
+                    data, self._form.kind, part["shard"], prefix=self._form.prefix, id_column=self._id_column
+                )
+
+    def verify(self) -> "Verification":
+        """Recount the whole output from its files: every part against its receipt, the manifest, `_SUCCESS`.
+
+        Returns:
+            The counts, and every problem; see `verify.verify`.
+
+        Raises:
+            OutputError: The output cannot be read.
+        """
+        from pipeline.batch.verify import verify
+
+        return verify(self._storage)
 
     def to_pandas(self) -> "pd.DataFrame":
         """All answers in memory, in input order."""

@@ -8,14 +8,19 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.batch.cluster import connect
-from pipeline.batch.commit import INPUT, JOB, refuse_foreign
+from pipeline.batch.commit import refuse_foreign
 from pipeline.batch.config import BatchConfig
-from pipeline.batch.execute import RunCounts, execute, quiet
-from pipeline.batch.plan import OpenExperts, open_experts, prepare
+from pipeline.batch.drive import drive
+from pipeline.batch.execute import RunCounts, quiet
+from pipeline.batch.layout import INPUT
+from pipeline.batch.lease import hold
+from pipeline.batch.manifest import check_parts
+from pipeline.batch.plan import OpenExperts, PreparedJob, open_experts, prepare
 from pipeline.batch.progress import BatchReport, Phases, Progress, per_second
 from pipeline.batch.result import BatchResult
 from pipeline.batch.staging import stage_in_memory, stage_tables
 from pipeline.batch.storage import open_storage
+from pipeline.errors import FingerprintError
 
 DATA_EXTENSIONS = (".parquet", ".jsonl", ".ndjson", ".json", ".csv")
 
@@ -53,6 +58,7 @@ def run_batch(
         LoadError: The package or its base model cannot be used.
         DatasetError: The dataset cannot be found or read.
         OutputError: The output cannot be written, or belongs to another job.
+        OutputInUseError: Another driver is writing to the output.
         JobFailedError: Workers failed; the same call continues.
         TooManyErrorsError: More rows have errors than `max_errors` or `max_error_rate` allow.
 
@@ -93,16 +99,13 @@ def run_config(config: BatchConfig, *, progress: bool = True) -> BatchResult:
 def _run(config: BatchConfig, opened: OpenExperts, phases: Phases, *, progress: bool) -> BatchResult:
     with phases.phase("plan"):
         job = prepare(config, opened)
-        is_resumed = job.output.storage.exists(JOB)
-        job.output.begin()
-        was_complete = job.output.is_complete()
-        done = {} if was_complete else job.output.committed()
-    counts = RunCounts()
-    if not was_complete:
+        manifest = _already_complete(job)
+    answered: RunCounts | None = None
+    if manifest is None:
         shown = Progress(enabled=progress, seconds=config.progress_seconds)
-        counts = execute(job, done, shown, phases, is_resumed=is_resumed)
-    with phases.phase("commit"):
-        manifest = job.output.finish()
+        with hold(job.output.storage, seconds=config.lease_seconds) as lease:
+            manifest, answered = drive(job, lease, shown, phases)
+    counts = answered or RunCounts()
     seconds = phases.seconds()
     report = BatchReport(
         output=job.output.storage.url(""),
@@ -116,9 +119,23 @@ def _run(config: BatchConfig, opened: OpenExperts, phases: Phases, *, progress: 
         rows_per_second=per_second(counts.rows, seconds["run"]),
         tokens_per_second=per_second(counts.completion_tokens, seconds["run"]),
         seconds=seconds,
-        already_complete=was_complete,
+        already_complete=answered is None,
     )
     return BatchResult(job, manifest, report)
+
+
+def _already_complete(job: PreparedJob) -> dict[str, Any] | None:
+    """The manifest of a job that leaves nothing to do. Nothing is written, and no other driver is in the way."""
+    try:
+        is_taken = job.output.is_taken()
+    except FingerprintError:
+        if job.config.overwrite:
+            return None
+        raise
+    manifest = job.output.sealed() if is_taken and not job.config.retry_errors else None
+    if manifest is not None:
+        check_parts(job.output.storage, manifest)
+    return manifest
 
 
 def _is_in_memory(dataset: Any) -> bool:

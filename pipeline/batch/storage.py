@@ -1,7 +1,7 @@
 """Files that are created once and whole: the only way anything reaches an output folder."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from pipeline.batch.filesystems import open_filesystem, protocol_of
@@ -26,6 +26,26 @@ class Storage(Protocol):
         """
         ...
 
+    def create_from_file(self, name: str, path: str) -> bool:
+        """Create a file as `create` does, with the content of a local file, which need not fit into memory.
+
+        Args:
+            name: The file to create.
+            path: The local file.
+        """
+        ...
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Write a file with all its content, over the one that is there, if any.
+
+        Whoever reads it sees the old content or the new one. Nothing that answers depend on is written this way, but
+        the parts of `retry`.
+
+        Raises:
+            OutputError: It cannot be written; the file is as it was.
+        """
+        ...
+
     def read(self, name: str) -> bytes:
         """The content of a file.
 
@@ -42,8 +62,16 @@ class Storage(Protocol):
         """Name and size in bytes of every file at any depth of the subfolder `prefix`, sorted by name."""
         ...
 
+    def remove(self, names: Sequence[str]) -> None:
+        """Remove files; no error for those that are not there."""
+        ...
+
     def remove_tree(self, prefix: str) -> None:
         """Remove the subfolder `prefix` and what is in it; no error when it is not there."""
+        ...
+
+    def subfolder(self, prefix: str) -> "Storage":
+        """A storage of the subfolder `prefix`, which need not exist yet."""
         ...
 
     def url(self, name: str) -> str:

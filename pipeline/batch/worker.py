@@ -8,8 +8,10 @@ import pyarrow as pa
 import ray
 
 from pipeline.batch.answering import Answering, EngineFailedError, EngineJob, Loader, load_engine
-from pipeline.batch.commit import JobOutput, Receipt
+from pipeline.batch.commit import JobOutput
 from pipeline.batch.parts import AnsweredRow, PartFormat, encode_part
+from pipeline.batch.receipts import Receipt
+from pipeline.batch.row_errors import mended_part, row_errors
 from pipeline.batch.rows import Row, iter_rows
 from pipeline.batch.shards import Shard
 from pipeline.batch.trials import ROW_KILLS_WORKER, History, Range, Trials, plan_trials
@@ -87,6 +89,13 @@ class ShardWorker:
 
     def _answer(self, shard: Shard, table: pa.Table) -> Receipt:
         rows = list(iter_rows(shard, table))
+        form = self._job.part_format
+        old_part = self._job.output.part_to_mend(shard.index)
+        wanted: list[int] = []  # rows that are answered again, when others of the part have answers already
+        if old_part is not None:
+            errors = row_errors(old_part, form.kind, shard.index, prefix=form.prefix, id_column=None)
+            wanted = [error.row for error in errors]
+            rows, table = [rows[row] for row in wanted], table.take(pa.array(wanted, pa.int64()))
         history = self._trials.history(shard.index)
         if history.is_suspect:
             with self._turns.alone():
@@ -100,7 +109,10 @@ class ShardWorker:
             AnsweredRow(row, completion, self._answering.expert_of(row))
             for row, completion in zip(rows, completions, strict=True)
         ]
-        return self._job.output.commit(shard.index, encode_part(answered, self._job.part_format, table))
+        part = encode_part(answered, form, table)
+        if old_part is not None:
+            part = mended_part(old_part, part, wanted, form)
+        return self._job.output.commit(shard.index, part)
 
     def _try(self, rows: Sequence[Row]) -> list[Completion | None]:
         try:

@@ -8,9 +8,11 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipeline.batch.commit import JobOutput, Receipt, part_name, receipt_name, refuse_foreign
+from pipeline.batch.commit import JobOutput, refuse_foreign
+from pipeline.batch.layout import part_name, receipt_name, row_errors_name
 from pipeline.batch.local_storage import LocalStorage
 from pipeline.batch.parts import AnsweredRow, PartFormat, encode_part
+from pipeline.batch.receipts import Receipt
 from pipeline.batch.rows import Row
 from pipeline.engine.types import Completion, Failure
 from pipeline.errors import FingerprintError, OutputError
@@ -47,7 +49,8 @@ def test_a_job_from_begin_to_success(output):
     assert [item["shard"] for item in manifest["parts"]] == [0, 1, 2]
     assert json.loads(output.storage.read("_manifest.json")) == manifest
     assert sorted(output.storage.list()) == sorted(
-        ["_job.json", "_manifest.json", "_SUCCESS", *map(receipt_name, range(3))]
+        ["_job.json", "_manifest.json", "_SUCCESS", "_errors.jsonl", *map(receipt_name, range(3))]
+        + [row_errors_name(receipt.shard, receipt.sha256) for receipt in receipts]
         + [part_name(shard, output.kind) for shard in range(3)]
     )
     assert output.finish() == manifest
@@ -84,7 +87,7 @@ def test_another_job_is_refused_field_by_field(output):
         "  grammar: there nothing, now null\n"
         "  num_shards: there 3, now 4\n"
         "  seed: there 0, now 7\n"
-        "  Fix: Run the command that wrote it, name another output folder, or delete this one."
+        "  Fix: Run the command that wrote it, name another output folder, or replace it: --overwrite."
     )
     output.begin()
 
@@ -208,6 +211,9 @@ def test_a_manifest_that_was_changed_is_noticed(output):
     Path(output.storage.url("_manifest.json")).write_bytes(b"{}")
     with pytest.raises(OutputError, match=r"_manifest\.json is not the one"):
         output.is_complete()
+    with pytest.raises(OutputError, match=r"_manifest\.json is not the one"):
+        output.finish()
+    output.storage.remove(["_SUCCESS"])
     with pytest.raises(OutputError, match=r"_manifest\.json does not go with"):
         output.finish()
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import tempfile
+import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
@@ -12,7 +13,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from pipeline.batch.commit import JobOutput, part_name, receipt_name
+from pipeline.batch.commit import JobOutput
+from pipeline.batch.layout import part_name, receipt_name
 from pipeline.batch.local_storage import LocalStorage
 from pipeline.batch.storage import Storage
 from pipeline.errors import FingerprintError, OutputError
@@ -25,26 +27,34 @@ class CrashError(Exception):
 class MortalStorage:
     """A storage whose process dies at its n-th operation: before it, in the midst of it, or after it."""
 
-    def __init__(self, inner: Storage, operation: int, moment: str) -> None:
+    def __init__(self, inner: Storage, operation: int, moment: str, life: dict | None = None) -> None:
         self._inner = inner
-        self._left = operation
+        self._life = {"left": operation, "lock": threading.Lock()} if life is None else life
         self._moment = moment
 
-    def _run(self, operation, name, *rest):
-        self._left -= 1
-        if self._left < 0:
+    def _run(self, operation, *arguments):
+        with self._life["lock"]:
+            self._life["left"] -= 1
+            left = self._life["left"]
+        if left < 0:
             raise CrashError  # the dead do nothing more
-        if self._left == 0 and self._moment != "after":
+        if left == 0 and self._moment != "after":
             if self._moment == "midst":
                 self._inner.create(f"_attempts/{uuid.uuid4()}", b"half of what was")
             raise CrashError
-        result = getattr(self._inner, operation)(name, *rest)
-        if self._left == 0:
+        result = getattr(self._inner, operation)(*arguments)
+        if left == 0:
             raise CrashError
         return result
 
     def create(self, name, data):
         return self._run("create", name, data)
+
+    def create_from_file(self, name, path):
+        return self._run("create_from_file", name, path)
+
+    def replace(self, name, data):
+        self._run("replace", name, data)
 
     def read(self, name):
         return self._run("read", name)
@@ -55,8 +65,15 @@ class MortalStorage:
     def list(self, prefix=""):
         return self._run("list", prefix)
 
+    def remove(self, names):
+        for name in names:
+            self._run("remove", [name])
+
     def remove_tree(self, prefix):
         self._run("remove_tree", prefix)
+
+    def subfolder(self, prefix):
+        return MortalStorage(self._inner.subfolder(prefix), 0, self._moment, self._life)
 
     def url(self, name):
         return self._inner.url(name)
@@ -199,7 +216,7 @@ class Job(RuleBasedStateMachine):
         assert output.is_complete()
         self.parts_are_one_attempts_and_stay()
         self.receipts_agree_with_parts()
-        names = {"_job.json", "_manifest.json", "_SUCCESS"}
+        names = {"_job.json", "_manifest.json", "_SUCCESS", "_errors.jsonl"}
         names |= {part_name(shard, "jsonl") for shard in range(self.num_shards)}
         names |= {receipt_name(shard) for shard in range(self.num_shards)}
         assert set(self.storage.list()) == names, "nothing of the attempts stays"
@@ -217,7 +234,7 @@ TestJobWithoutLinks.settings = settings(max_examples=30, stateful_step_count=15,
 
 
 @pytest.mark.parametrize("moment", ["before", "midst", "after"])
-@pytest.mark.parametrize("operation", range(1, 25))
+@pytest.mark.parametrize("operation", range(1, 42))
 def test_the_whole_job_dies_at_each_operation_and_is_run_again(tmp_path, operation, moment):
     storage = LocalStorage(str(tmp_path / "out"))
 
@@ -239,5 +256,5 @@ def test_the_whole_job_dies_at_each_operation_and_is_run_again(tmp_path, operati
     manifest = job(storage, 2)
     assert {name: storage.read(name) for name in kept} == kept, "what was committed stays"
     assert manifest == json.loads(storage.read("_manifest.json"))
-    assert len(storage.list()) == 7
+    assert len(storage.list()) == 8
     assert died or kept.keys() == storage.list().keys()

@@ -69,6 +69,10 @@ def test_defaults() -> None:
         "engine": "packed",
         "batch_size": 128,
         "quantization": "none",
+        "overwrite": False,
+        "retry_errors": False,
+        "lease_seconds": 60.0,
+        "parquet_compression": "zstd",
         "progress_seconds": 5.0,
         "progress_timeout": 600.0,
     }

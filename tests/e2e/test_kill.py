@@ -10,6 +10,9 @@ import pytest
 import yaml
 
 from pipeline import demo
+from pipeline.batch.local_storage import LocalStorage
+from pipeline.batch.status import output_status
+from pipeline.batch.verify import verify
 from tests.e2e.processes import BIN, descendants, run, running, wait_until
 
 
@@ -50,6 +53,9 @@ def test_sigkill_half_way_and_again(config: Path, questions: Path, tmp_path: Pat
     left = {path.name: path.read_bytes() for path in killed.glob("part-*.parquet")}
     assert 6 <= len(left) < 13
     assert not (killed / "_SUCCESS").exists()
+    status = output_status(LocalStorage(str(killed)), sleep=lambda _: pytest.fail("the driver's process is gone"))
+    assert (status.lease.state, status.lease.pid) == ("stale", driver.pid)
+    assert (status.complete, status.shards) == (False, 13)
 
     again = run(command)
     assert again.returncode == 0, again.stderr
@@ -72,6 +78,8 @@ def test_sigkill_half_way_and_again(config: Path, questions: Path, tmp_path: Pat
     complete = run(command)
     assert complete.returncode == 0, complete.stderr
     assert "already complete" in complete.stdout
+    for output in (killed, tmp_path / "undisturbed"):
+        assert verify(LocalStorage(str(output))).problems == ()
 
 
 @pytest.mark.timeout(400)
