@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from threading import Lock
 from typing import NamedTuple
 
-from pipeline.batch.commit import ATTEMPTS
+from pipeline.batch.layout import ATTEMPTS
 from pipeline.batch.storage import Storage
 from pipeline.errors import OutputError, WorkerLostError
 

@@ -14,10 +14,11 @@ import pytest
 
 from pipeline.batch.answering import Answering, EngineJob, JobExpert, LoadedEngine, Loader
 from pipeline.batch.blocks import shard_blocks
-from pipeline.batch.commit import JobOutput, Receipt
+from pipeline.batch.commit import JobOutput
 from pipeline.batch.config import ColumnsConfig, resolve_columns
 from pipeline.batch.local_storage import LocalStorage
 from pipeline.batch.parts import plan_part_format
+from pipeline.batch.receipts import Receipt
 from pipeline.batch.rows import Row
 from pipeline.batch.shards import ShardPlan
 from pipeline.batch.source import plan_shards

@@ -9,9 +9,9 @@ import pytest
 
 from pipeline import demo, run_batch
 from pipeline.batch.answering import EngineJob, JobExpert, Loader, load_engine
-from pipeline.batch.commit import JOB
 from pipeline.batch.config import BatchConfig, ColumnsConfig, resolve_columns
 from pipeline.batch.execute import execute
+from pipeline.batch.layout import JOB
 from pipeline.batch.plan import open_experts, prepare
 from pipeline.batch.progress import Phases, Progress
 from pipeline.demo.questions import draw_questions
