@@ -165,6 +165,7 @@ def _worker_job(job: PreparedJob, workers: Workers) -> WorkerJob:
         kv_cache_bytes=config.kv_cache_bytes,
         options=job.options,
         columns=job.columns,
+        prompt_template=config.prompt_template,
         seed=config.seed,
         output=job.output,
         part_format=job.part_format,

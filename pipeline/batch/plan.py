@@ -16,6 +16,7 @@ from pipeline.batch.parts import PartFormat, plan_part_format
 from pipeline.batch.shards import ShardPlan
 from pipeline.batch.source import plan_shards
 from pipeline.batch.storage import open_storage
+from pipeline.batch.template import PromptTemplate
 from pipeline.engine.requests import GRAMMAR_KINDS, request_defaults
 from pipeline.engine.types import Grammar
 from pipeline.errors import ConfigError
@@ -68,10 +69,16 @@ def prepare(config: BatchConfig, expert: OpenExpert) -> PreparedJob:
     """
     package, base_path = expert.package, expert.base_path
     plan = plan_shards(
-        config.dataset, format=config.format, shard_rows=config.shard_rows, storage_options=config.storage_options
+        config.dataset,
+        format=config.format,
+        shard_rows=config.shard_rows,
+        max_decompressed_bytes=config.max_decompressed_bytes,
+        hive_partitions=config.hive_partitions,
+        storage_options=config.storage_options,
     )
     refuse_nested(config, plan)
-    columns = resolve_columns(config.columns, plan.columns)
+    template = None if config.prompt_template is None else PromptTemplate.parse(config.prompt_template)
+    columns = resolve_columns(config.columns, plan.columns, template)
     options = sampling_options(config)
     if not any(name in options for name in GRAMMAR_KINDS):
         options["use_grammar"] = expert.grammar is not None
@@ -121,9 +128,10 @@ def refuse_nested(config: BatchConfig, plan: ShardPlan) -> None:
     folders = [folder for folder in (absolute(item).rstrip("/") + "/" for item in items) if output.startswith(folder)]
     around = [folder for folder in folders if not is_hidden(output.removeprefix(folder))]
     inside = [
-        shard.path
+        path
         for shard in plan.shards
-        if shard.path.startswith(output) and not is_hidden(shard.path.removeprefix(output))
+        for path in shard.paths
+        if path.startswith(output) and not is_hidden(path.removeprefix(output))
     ]
     if around or inside:
         raise ConfigError(
@@ -156,6 +164,7 @@ def job_fingerprint(
         "dtype": config.dtype or "auto",
         "quantization": config.quantization,
         "columns": {role: name for role, name in asdict(columns).items() if name and role != "expected"},
+        **({} if config.prompt_template is None else {"prompt_template": config.prompt_template}),
         "sampling": dict(options),
         "seed": config.seed,
         "dataset_sha256": plan.digest,

@@ -11,13 +11,12 @@ from pipeline.batch.cluster import connect
 from pipeline.batch.commit import INPUT, refuse_foreign
 from pipeline.batch.config import BatchConfig
 from pipeline.batch.execute import RunCounts, execute, quiet
+from pipeline.batch.files import format_of
 from pipeline.batch.plan import OpenExpert, open_expert, prepare
 from pipeline.batch.progress import BatchReport, Phases, Progress, per_second
 from pipeline.batch.result import BatchResult
-from pipeline.batch.staging import stage_in_memory, stage_tables
+from pipeline.batch.staging import hugging_face_tables, is_hugging_face, stage_in_memory, stage_tables
 from pipeline.batch.storage import open_storage
-
-DATA_EXTENSIONS = (".parquet", ".jsonl", ".ndjson", ".json", ".csv")
 
 
 def run_batch(
@@ -34,10 +33,10 @@ def run_batch(
     job is not run at all.
 
     Args:
-        dataset: A path, glob or URL of Parquet, JSONL or CSV files, or a list of them; or rows in memory: a list of
-            prompts or dicts, a pandas DataFrame, a `ray.data.Dataset`. Rows in memory are first written to the output
-            folder. A list of `Path`s or of strings that all end like data files
-            (`.parquet`, `.jsonl`, ...) is taken as files, any other list of strings as prompts.
+        dataset: A path, glob or URL of Parquet, JSONL, CSV or Arrow files, or a list of them; or rows in memory: a
+            list of prompts or dicts, a pandas DataFrame, a `ray.data.Dataset`, a Hugging Face `datasets.Dataset`. Rows
+            in memory are first written to the output folder. A list of `Path`s or of strings that all end like data
+            files (`.parquet`, `.jsonl`, ...) is taken as files, any other list of strings as prompts.
         expert: Path or URL of the package.
         output: Folder or URL for the answers; a new temporary folder if None.
         progress: Show the progress line on standard error.
@@ -120,7 +119,7 @@ def _is_in_memory(dataset: Any) -> bool:
     if isinstance(dataset, str | os.PathLike):
         return False
     if isinstance(dataset, list | tuple) and dataset and all(isinstance(item, str | os.PathLike) for item in dataset):
-        return not all(isinstance(item, os.PathLike) or item.lower().endswith(DATA_EXTENSIONS) for item in dataset)
+        return not all(isinstance(item, os.PathLike) or format_of(item) is not None for item in dataset)
     return True
 
 
@@ -129,6 +128,8 @@ def _stage(dataset: Any, config: BatchConfig) -> str | list[str]:
     folder = f"{config.output.rstrip('/')}/{INPUT}"
     if type(dataset).__module__.startswith("ray.data"):
         return stage_tables(_tables_in_order(dataset, config), folder, config.storage_options)
+    if is_hugging_face(dataset):
+        return stage_tables(hugging_face_tables(dataset), folder, config.storage_options)
     return stage_in_memory(dataset, folder, config.storage_options)
 
 

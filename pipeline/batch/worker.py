@@ -16,6 +16,7 @@ from pipeline.batch.config import ResolvedColumns
 from pipeline.batch.parts import AnsweredRow, PartFormat, encode_part
 from pipeline.batch.rows import Row, iter_rows
 from pipeline.batch.shards import Shard
+from pipeline.batch.template import PromptTemplate
 from pipeline.engine.types import Completion, Failure, Request
 from pipeline.errors import ExpertError, IntegrityError, InvalidRequestError
 from pipeline.package import open_package
@@ -45,6 +46,7 @@ class WorkerJob:
     seed: int
     output: JobOutput
     part_format: PartFormat
+    prompt_template: str | None = None
 
 
 class ShardWorker:
@@ -56,6 +58,7 @@ class ShardWorker:
 
     def __init__(self, job: WorkerJob) -> None:
         self._job = job
+        self._template = None if job.prompt_template is None else PromptTemplate.parse(job.prompt_template)
         # Ray reports an actor that cannot be made without its reason; so this one is made, and its first shard says it.
         self._failure: ExpertError | None = None
         try:
@@ -107,6 +110,8 @@ class ShardWorker:
             for field, column in vars(columns).items()
             if column is not None and field in ("prompt", "messages", "schema", "system", "dialect")
         }
+        if self._template is not None:
+            fields["prompt"] = self._template.render(row.values)
         messages = fields.get("messages")
         if isinstance(messages, str):
             fields["messages"] = _messages_from_json(messages)
