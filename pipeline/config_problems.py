@@ -145,10 +145,11 @@ def _message(kind: str, message: str, path: KeyPath, schema: Mapping[str, Any], 
 def _unknown(path: KeyPath, schema: Mapping[str, Any]) -> str:
     name = str(path[-1])
     siblings = tuple(_keys(_node(schema, path[:-1]), schema))
-    match = _elsewhere(name, schema) or nearest(name, siblings)
+    match = _elsewhere(name, schema)
     if match is None:
-        inner = nearest(name, [key for node in _keys(schema, schema).values() for key in _keys(node, schema)])
-        match = _elsewhere(inner, schema) if inner is not None else None
+        inner = [key for node in _keys(schema, schema).values() for key in _keys(node, schema)]
+        match = nearest(name, [*siblings, *inner])
+        match = _elsewhere(match, schema) if match is not None and match not in siblings else match
     if match is not None:
         return f"unknown key; did you mean `{match}`?"
     return f"unknown key; expected one of {', '.join(siblings)}"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pipeline.batch.config import ResolvedColumns
 from pipeline.batch.parts import PartFormat
 from pipeline.batch.rows import Row
+from pipeline.batch.template import PromptTemplate
 from pipeline.engine.types import Completion, Engine, Failure, Request
 from pipeline.errors import ExpertError, IntegrityError, InvalidRequestError, UnknownModelError
 from pipeline.package import open_package
@@ -52,13 +53,14 @@ class EngineJob:
         experts: Over one base model; those with a name are held side by side.
         base_path: The base model's directory.
         num_threads: Threads to compute with on a CPU; None for torch's own number.
-        columns, seed: As the job's.
+        columns, prompt_template, seed: As the job's.
         cache_dir, device, dtype, quantization, engine, batch_size, max_batch_tokens, kv_cache_bytes: See `BatchConfig`.
     """
 
     experts: tuple[JobExpert, ...]
     base_path: str
     columns: ResolvedColumns
+    prompt_template: str | None = None
     seed: int = 0
     cache_dir: str | None = None
     device: str | None = None
@@ -169,6 +171,7 @@ class Answering:
         self._job = job
         self._loaded = loaded
         self._form = form
+        self._template = None if job.prompt_template is None else PromptTemplate.parse(job.prompt_template)
         self._experts = {expert.name: expert for expert in job.experts}
         self._building = Lock()  # tokenizers are not made for several threads
         self._counting = Lock()
@@ -226,6 +229,8 @@ class Answering:
         fields: dict[str, Any] = {
             name: row.values.get(column) for name in FIELDS if (column := getattr(columns, name)) is not None
         }
+        if self._template is not None:
+            fields["prompt"] = self._template.render(row.values)
         messages = fields.get("messages")
         if isinstance(messages, str):
             fields["messages"] = _messages_from_json(messages)

@@ -44,7 +44,7 @@ class ShardDatasource(Datasource):
         return [self._task(shard) for shard in self._shards]
 
     def _task(self, shard: Shard) -> ReadTask:
-        metadata = BlockMetadata(num_rows=1, size_bytes=shard_bytes(shard), input_files=(shard.path,), exec_stats=None)
+        metadata = BlockMetadata(num_rows=1, size_bytes=shard_bytes(shard), input_files=shard.paths, exec_stats=None)
         return ReadTask(partial(shard_blocks, shard, self._storage_options), metadata, BLOCK_SCHEMA)
 
 
@@ -59,7 +59,7 @@ def shard_blocks(shard: Shard, storage_options: Mapping[str, Any]) -> list[pa.Ta
 
 def shard_bytes(shard: Shard) -> int:
     """About how many bytes a shard's rows have, from the plan alone."""
-    size = shard.stop - shard.start
+    size = sum(item.stop - item.start for item in shard.slices)
     return size if shard.num_rows is None else size * 1024
 
 

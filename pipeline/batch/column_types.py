@@ -17,7 +17,19 @@ _PLAIN = (
     types.is_binary,
     types.is_large_binary,
     types.is_fixed_size_binary,
-    types.is_temporal,
+    types.is_date,
+    types.is_time,
+    types.is_timestamp,
+    types.is_duration,
+    types.is_decimal,
+)
+_SCALARS = (
+    types.is_boolean,
+    types.is_integer,
+    types.is_floating,
+    types.is_date,
+    types.is_time,
+    types.is_timestamp,
     types.is_decimal,
 )
 _LISTS = (types.is_list, types.is_large_list, types.is_fixed_size_list)
@@ -27,8 +39,8 @@ _MAX_DEPTH = 64
 def check_columns(schema: pa.Schema, name: str) -> None:
     """Refuse columns that occur twice, and types outside the allow-list.
 
-    Allowed are null, bool, integers, floats, strings, binary, dates, times, decimals, and lists, structs, maps and
-    dictionaries of them. Extension types are not: reading one runs the code registered for it.
+    Allowed are null, bool, integers, floats, strings, binary, dates, times, durations, decimals, and lists, structs,
+    maps and dictionaries of them. Extension types are not: reading one runs the code registered for it.
 
     Args:
         schema: The schema of one file.
@@ -86,7 +98,11 @@ def plain_schema(schema: pa.Schema) -> pa.Schema:
 
 
 def unified_schema(schemas: Iterable[tuple[str, pa.Schema]]) -> pa.Schema:
-    """One schema that holds the columns of all files: numbers widen, a missing column is null.
+    """One schema that holds the columns of all files.
+
+    A missing column is null, numbers widen, and what is text in one file and a number, truth value or date in another
+    is text. (A value that the common type cannot hold, a whole number above 2**53 in a column of floats, is found when
+    it is written, and is its row's failure.)
 
     Args:
         schemas: File name and plain schema of every file, in order.
@@ -94,31 +110,41 @@ def unified_schema(schemas: Iterable[tuple[str, pa.Schema]]) -> pa.Schema:
     Raises:
         DatasetError: Two files give one column types that have nothing in common; names the file, column and types.
     """
-    merged = pa.schema([])
+    merged: dict[str, pa.Field] = {}
     seen: set[pa.Schema] = set()
     for name, schema in schemas:
         if schema in seen:
             continue
         seen.add(schema)
-        try:
-            merged = pa.unify_schemas([merged, schema], promote_options="permissive")
-        except pa.ArrowException as error:
+        differing = []
+        for field in schema:
+            before = merged.get(field.name)
+            common = field if before is None else _common(before, field)
+            if before is not None and common is None:
+                differing.append(f"column {field.name!r}  {before.type} before, {field.type} here")
+            merged[field.name] = common or field
+        if differing:
             raise DatasetError(
                 f"{name} does not fit the files before it",
-                details=_differences(merged, schema),
+                details=differing,
                 hint="Give the column one type in all files, or run one job for each.",
-            ) from error
-    return merged
+            )
+    return pa.schema(list(merged.values()))
 
 
-def _differences(merged: pa.Schema, schema: pa.Schema) -> list[str]:
-    found = []
-    for field in schema:
-        if field.name not in merged.names:
-            continue
-        before = merged.field(field.name)
-        try:
-            pa.unify_schemas([pa.schema([before]), pa.schema([field])], promote_options="permissive")
-        except pa.ArrowException:
-            found.append(f"column {field.name!r}  {before.type} before, {field.type} here")
-    return found
+def _common(before: pa.Field, here: pa.Field) -> pa.Field | None:
+    """A field that holds the values of both, or None."""
+    if before.type == here.type:
+        return before
+    try:
+        return pa.unify_schemas([pa.schema([before]), pa.schema([here])], promote_options="permissive").field(0)
+    except pa.ArrowException:
+        return pa.field(here.name, pa.string()) if _is_textual(before.type, here.type) else None
+
+
+def _is_textual(first: pa.DataType, second: pa.DataType) -> bool:
+    """Whether one is text and the other has a plain text for every value."""
+    for text, other in ((first, second), (second, first)):
+        if types.is_string(text) or types.is_large_string(text):
+            return any(check(other) for check in _SCALARS)
+    return False

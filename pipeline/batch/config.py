@@ -4,10 +4,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 
+from pipeline.batch.compression import MAX_DECOMPRESSED_BYTES
 from pipeline.batch.sampling_config import SamplingColumnsConfig, SamplingConfig
+from pipeline.batch.template import PromptTemplate
 from pipeline.config_fields import STRICT, DtypeName, PathText, RayQuantity, Text, path_text, section
 from pipeline.config_problems import nearest, printable, problems_of
 from pipeline.errors import ConfigError, DatasetError
@@ -17,6 +27,19 @@ MAX_SEED = (1 << 64) - 1
 
 def _path_texts(value: Any) -> Any:
     return [path_text(item) for item in value] if isinstance(value, list | tuple) else path_text(value)
+
+
+def _checked_template(value: str) -> str:
+    try:
+        PromptTemplate.parse(value)
+    except ConfigError as error:
+        raise PydanticCustomError(
+            "prompt_template", "{problem}", {"problem": f"{error.message}; {error.hint}"}
+        ) from error
+    return value
+
+
+PromptText = Annotated[str, AfterValidator(_checked_template)]
 
 
 class ColumnsConfig(BaseModel):
@@ -61,8 +84,21 @@ class BatchConfig(BaseModel):
         description="Path, glob pattern or URL of the input files, or a list of them.",
         json_schema_extra={"expected": "a path, glob pattern or URL, or a list of them"},
     )
-    format: Literal["parquet", "jsonl", "csv"] | None = Field(
+    format: Literal["parquet", "jsonl", "csv", "arrow"] | None = Field(
         None, description="Format of the input files; left out, their file names tell."
+    )
+    hive_partitions: bool = Field(
+        True, description="Whether directories named key=value below the dataset's root become columns."
+    )
+    max_decompressed_bytes: int = Field(
+        MAX_DECOMPRESSED_BYTES,
+        ge=1,
+        description="What one JSONL or CSV file that is compressed by gzip or zstd may unpack to.",
+    )
+    prompt_template: PromptText | None = Field(
+        None,
+        description="The prompt, with names of columns in braces, in place of a prompt column: 'Q: {question}'.",
+        json_schema_extra={"expected": "a text with names of columns in braces"},
     )
     experts: Annotated[dict[Text, PathText], BeforeValidator(section)] = Field(
         default_factory=dict,
@@ -233,7 +269,10 @@ class BatchConfig(BaseModel):
 
 @dataclass(frozen=True)
 class ResolvedColumns:
-    """The dataset's column for each role; None where it has none. At least one of prompt and messages is there."""
+    """The dataset's column for each role; None where it has none.
+
+    One of prompt and messages at least is there, and neither where the job has a `prompt_template`.
+    """
 
     prompt: str | None
     messages: str | None
@@ -246,7 +285,9 @@ class ResolvedColumns:
     sampling: Mapping[str, str] = field(default_factory=dict)
 
 
-def resolve_columns(columns: ColumnsConfig, available: Sequence[str]) -> ResolvedColumns:
+def resolve_columns(
+    columns: ColumnsConfig, available: Sequence[str], template: PromptTemplate | None = None
+) -> ResolvedColumns:
     """Find the column for each role.
 
     A role without a name takes the column of its own name, if there is one; a sampling option takes none. When only
@@ -255,21 +296,27 @@ def resolve_columns(columns: ColumnsConfig, available: Sequence[str]) -> Resolve
     Args:
         columns: The names a person gave.
         available: The names of the dataset's columns.
+        template: What prompts are made of, in place of a column.
 
     Raises:
+        ConfigError: There is a template, and a column of prompts or messages is named as well.
         DatasetError: A named column is not in the dataset, or there is neither a prompt nor a messages column.
     """
     named: Mapping[str, str | None] = columns.model_dump(by_alias=True, exclude={"sampling"})
     options: dict[str, str] = columns.sampling.model_dump(exclude_none=True)
-    wanted = [*named.items(), *((f"sampling.{option}", name) for option, name in options.items())]
-    missing = [(role, name) for role, name in wanted if name is not None and name not in available]
+    wanted = [(f"columns.{role}", name) for role, name in named.items()]
+    wanted += [(f"columns.sampling.{option}", name) for option, name in options.items()]
+    wanted += [("prompt_template", name) for name in (template.columns if template is not None else ())]
+    missing = [(key, name) for key, name in wanted if name is not None and name not in available]
     if missing:
         raise DatasetError(
             f"the dataset has no column {', '.join(repr(name) for _, name in missing)}",
-            details=[f"columns.{role}: {_no_column(name, available)}" for role, name in missing],
+            details=[f"{key}: {_no_column(name, available)}" for key, name in missing],
             hint=f"name columns that the dataset has: {_listed(available)}",
         )
     found = {role: name or (role if role in available else None) for role, name in named.items()}
+    if template is not None:
+        return ResolvedColumns(**_without_prompts(named, found), sampling=options)
     for role, other in (("prompt", "messages"), ("messages", "prompt")):
         if named[role] is not None and named[other] is None:
             found[other] = None
@@ -280,6 +327,15 @@ def resolve_columns(columns: ColumnsConfig, available: Sequence[str]) -> Resolve
             hint="say which column holds the prompts: columns.prompt or columns.messages",
         )
     return ResolvedColumns(**found, sampling=options)
+
+
+def _without_prompts(named: Mapping[str, str | None], found: Mapping[str, str | None]) -> dict[str, str | None]:
+    given = [f"columns.{role}" for role in ("prompt", "messages") if named[role] is not None]
+    if given:
+        raise ConfigError(
+            f"prompt_template and {' and '.join(given)} are given", hint="Give one of them: each says what is asked."
+        )
+    return {**found, "prompt": None, "messages": None}
 
 
 def _no_column(name: str, available: Sequence[str]) -> str:

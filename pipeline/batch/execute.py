@@ -216,6 +216,7 @@ def _worker_job(job: PreparedJob, workers: Workers, *, is_resumed: bool, load: L
             experts=job.experts,
             base_path=str(job.base_path),
             columns=job.columns,
+            prompt_template=config.prompt_template,
             seed=config.seed,
             cache_dir=config.cache_dir,
             device=config.device,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
+from pipeline.batch.compression import CODECS, split_codec
 from pipeline.batch.filesystems import full_path, is_local, open_filesystem, translated
 from pipeline.batch.shards import FORMATS, Format
 from pipeline.errors import ConfigError, DatasetError
@@ -20,8 +21,12 @@ _EXTENSIONS: dict[str, Format] = {
     ".ndjson": "jsonl",
     ".json": "jsonl",
     ".csv": "csv",
+    ".arrow": "arrow",
+    ".feather": "arrow",
 }
+TEXT_FORMATS: tuple[Format, ...] = ("jsonl", "csv")  # those that may be compressed as a whole
 _MAX_NAMED = 8
+_KNOWN = f"{', '.join(_EXTENSIONS)} (text also with {', '.join(CODECS)})"
 
 
 @dataclass(frozen=True)
@@ -88,13 +93,13 @@ def file_format(files: Sequence[DataFile], format_name: str | None) -> Format:
         if format_name not in FORMATS:
             raise ConfigError(f"format is {format_name!r}", hint=f"Give one of {', '.join(FORMATS)}.")
         return cast(Format, format_name)
-    formats = {file.name: _EXTENSIONS.get(PurePosixPath(file.name).suffix.lower()) for file in files}
+    formats = {file.name: format_of(file.name) for file in files}
     unknown = [name for name, found in formats.items() if found is None]
     if unknown:
         raise DatasetError(
             f"{len(unknown)} of the dataset's {len(files)} files have an extension that tells no format",
             details=_some(unknown),
-            hint=f"Name only {', '.join(_EXTENSIONS)} files, or give format ({', '.join(FORMATS)}).",
+            hint=f"Name only {_KNOWN} files, or give format ({', '.join(FORMATS)}).",
         )
     first = {found: name for name, found in reversed(formats.items())}
     if len(first) > 1:
@@ -109,6 +114,13 @@ def file_format(files: Sequence[DataFile], format_name: str | None) -> Format:
     return found
 
 
+def format_of(name: str) -> Format | None:
+    """The format that a file's extension tells, if any: `jsonl` for `a.jsonl` and `a.jsonl.gz`."""
+    bare, codec = split_codec(name)
+    found = _EXTENSIONS.get(PurePosixPath(bare).suffix.lower())
+    return found if codec is None or found in TEXT_FORMATS else None
+
+
 def _match(item: str, options: Mapping[str, Any] | None) -> _Match:
     filesystem, path = open_filesystem(item, options, DatasetError)
     with translated(f"{item} cannot be listed", DatasetError, hint="Check that it exists and may be read."):
@@ -120,7 +132,7 @@ def _match(item: str, options: Mapping[str, Any] | None) -> _Match:
                 raise DatasetError(
                     f"the directory {item} holds no data files",
                     details=[f"left out, for its first character  {name}" for name in _some(sorted(sizes))],
-                    hint=f"Put {', '.join(_EXTENSIONS)} files there, or name another directory.",
+                    hint=f"Put {_KNOWN} files there, or name another directory.",
                 )
             return _Match(filesystem, path, visible)
         if filesystem.exists(path):

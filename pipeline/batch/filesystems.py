@@ -79,9 +79,10 @@ def translated(message: str, error: type[BatchError], *, hint: str) -> Iterator[
         foreign = isinstance(cause, OSError | ValueError | EOFError | TypeError | pa.ArrowException)
         if not foreign and not type(cause).__module__.startswith(_NETWORK_MODULES):
             raise
-        raise error(f"{message}: {_first_line(cause)}", hint=hint) from cause
+        raise error(f"{message}: {first_line(cause)}", hint=hint) from cause
 
 
-def _first_line(cause: Exception) -> str:
+def first_line(cause: Exception) -> str:
+    """What an error says, without what follows its first line; its kind when it says nothing."""
     lines = str(cause).strip().splitlines()
     return lines[0][:300] if lines else type(cause).__name__

@@ -3,16 +3,19 @@
 import io
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 
+from pipeline.batch.compression import split_codec
 from pipeline.batch.json_rows import InvalidRowError, parse_object
 from pipeline.batch.shards import JSON_TEXT
 from pipeline.errors import DatasetError
 
-HEAD_BYTES = 256 * 1024
+HEAD_BYTES = 256 * 1024  # of a file are looked at, and fewer where there are so many files
+_MIN_HEAD_BYTES = 16 * 1024
+_ALL_HEADS_BYTES = 64 * 1024 * 1024
 MAX_LINE_BYTES = 64 * 1024 * 1024
 LINE_SCHEMA = pa.schema([pa.field("line", pa.large_binary()), pa.field("offset", pa.int64())])
 
@@ -94,15 +97,25 @@ def parse_line(line: bytes | None, offset: int) -> dict[str, Any]:
     return parse_object(_content(line, offset))
 
 
-def read_head(file: BinaryIO, name: str) -> bytes:
-    """The first `HEAD_BYTES` of a file.
+def head_bytes(num_files: int) -> int:
+    """How much of each file is looked at for a plan: less of each when there are many."""
+    return max(_MIN_HEAD_BYTES, min(HEAD_BYTES, _ALL_HEADS_BYTES // max(1, num_files)))
+
+
+def read_head(file: BinaryIO, name: str, num_bytes: int = HEAD_BYTES) -> bytes:
+    """The first bytes of a file.
+
+    Args:
+        file: Open for reading.
+        name: The file, for messages.
+        num_bytes: How many.
 
     Raises:
         DatasetError: It is one JSON array, not lines.
     """
     file.seek(0)
-    head = file.read(HEAD_BYTES)
-    if name.lower().endswith(".json") and _content(head, 0).startswith(b"["):
+    head = file.read(num_bytes)
+    if split_codec(name)[0].lower().endswith(".json") and _content(head, 0).startswith(b"["):
         raise DatasetError(
             f"{name} is one JSON array, not JSON lines", hint="Write one object a line, and name the file *.jsonl."
         )
@@ -115,20 +128,33 @@ def shard_bytes(head: bytes, shard_rows: int) -> int:
     return max(1, math.ceil(shard_rows * len(head) / max(1, num_lines)))
 
 
-def sampled_schema(heads: Iterable[tuple[bytes, bool]]) -> pa.Schema:
+def head_kinds(head: bytes, *, is_whole: bool) -> dict[str, frozenset[str]]:
+    """Which kinds of values the first lines of a file hold, by key, in the order the keys are met.
+
+    Args:
+        head: From `read_head`.
+        is_whole: Whether it is the whole file.
+    """
+    kinds: dict[str, set[str]] = {}
+    for values in _objects(head, is_whole=is_whole):
+        for key, value in values.items():
+            kinds.setdefault(key, set()).add(_kind(value))
+    return {key: frozenset(found) for key, found in kinds.items()}
+
+
+def sampled_schema(files: Iterable[Mapping[str, frozenset[str]]]) -> pa.Schema:
     """What the first lines of all files suggest as columns, in the order they are met.
 
     All strings (or nulls) give string, whole numbers int64, numbers float64, truth values bool. Anything else, and
     any mixture, gives a string column of JSON texts (`JSON_TEXT`).
 
     Args:
-        heads: Of every file, its head and whether that is the whole file.
+        files: What `head_kinds` found in each.
     """
     kinds: dict[str, set[str]] = {}
-    for head, is_whole in heads:
-        for values in _objects(head, is_whole=is_whole):
-            for key, value in values.items():
-                kinds.setdefault(key, set()).add(_kind(value))
+    for file in files:
+        for key, found in file.items():
+            kinds.setdefault(key, set()).update(found)
     return pa.schema([_field(key, found - {"null"}) for key, found in kinds.items()])
 
 

@@ -1,6 +1,5 @@
 """Parquet: footers for planning, and the row groups that overlap a shard."""
 
-import base64
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,19 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.batch.column_types import check_columns
+from pipeline.batch.compression import BOMB_BYTES, is_bomb
+from pipeline.batch.extension_types import defused, refuse_extensions
+from pipeline.batch.filesystems import first_line
 from pipeline.errors import DatasetError
 
 _MAGIC = b"PAR1"
 _MAX_FOOTER_BYTES = 1 << 30
-BOMB_BYTES = 1 << 30
-_BOMB_RATIO = 1000
 _BUFFER_BYTES = 4 * 1024 * 1024
-
-# Arrow keeps its own schema in the footer, base64-encoded, and runs the code registered for an extension type as soon
-# as that schema is read, which opening the file does. Writing another key over the marker turns extension types into
-# their storage types, with a field metadata that tells them.
-_MARKER = b"ARROW:extension:name"
-_DEFUSED = b"ARROW:extensi_n:name"
 
 
 @dataclass(frozen=True)
@@ -46,23 +40,17 @@ def read_footer(file: BinaryIO, name: str, *, bomb_bytes: int = BOMB_BYTES) -> F
         DatasetError: The footer is damaged, a column has a type that is not supported, or a column claims to unpack
             to an absurd size.
     """
-    footer = _defused(_footer_bytes(file, name))
+    footer = defused(_footer_bytes(file, name))
     # the footer alone, dressed as a file: its data pages are never looked at
     lone = b"".join((_MAGIC, footer, len(footer).to_bytes(4, "little"), _MAGIC))
     try:
         parquet = pq.ParquetFile(io.BytesIO(lone), arrow_extensions_enabled=False)
         metadata, schema = parquet.metadata, parquet.schema_arrow
-        extension = next((path for field in schema for path in _extensions(field)), None)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise DatasetError(
-            f"the footer of {name} is damaged: {str(error).splitlines()[0]}", hint="Write or copy the file again."
+            f"the footer of {name} is damaged: {first_line(error)}", hint="Write or copy the file again."
         ) from error
-    if extension:
-        raise DatasetError(
-            f"{name} has a column of an extension type",
-            details=[f"column {extension}"],
-            hint="Extension types are not read, for they can run code. Write the column as its plain type.",
-        )
+    refuse_extensions(schema, name)
     check_columns(schema, name)
     _check_sizes(metadata, name, bomb_bytes)
     return Footer(metadata, schema)
@@ -132,39 +120,19 @@ def _footer_bytes(file: BinaryIO, name: str) -> bytes:
     return file.read(length)
 
 
-def _defused(footer: bytes) -> bytes:
-    for shift in range(3):
-        footer = footer.replace(_base64_core(_MARKER, shift), _base64_core(_DEFUSED, shift))
-    return footer.replace(_MARKER, _DEFUSED)
-
-
-def _base64_core(text: bytes, shift: int) -> bytes:
-    """The characters that tell `text` in base64, whatever stands around it, when it begins at byte `shift` of three."""
-    encoded = base64.b64encode(b"\0" * shift + text).rstrip(b"=")
-    return encoded[(0, 2, 3)[shift] : len(encoded) - ((shift + len(text)) % 3 > 0)]
-
-
-def _extensions(field: pa.Field, path: str = "") -> Iterator[str]:
-    here = f"{path}.{field.name}" if path else repr(field.name)
-    marker = (field.metadata or {}).get(_DEFUSED)
-    if marker is not None:
-        yield f"{here}  {marker.decode(errors='replace')}"
-    kind = field.type
-    for index in range(kind.num_fields):
-        yield from _extensions(kind.field(index), here)
-
-
 def _check_sizes(metadata: pq.FileMetaData, name: str, bomb_bytes: int) -> None:
+    columns = range(metadata.num_columns)
+    repeated = [index for index in columns if metadata.schema.column(index).max_repetition_level]
     for group in range(metadata.num_row_groups):
         row_group = metadata.row_group(group)
-        if row_group.total_byte_size < bomb_bytes:
-            continue
-        for index in range(row_group.num_columns):
+        for index in columns if row_group.total_byte_size >= bomb_bytes else repeated:
             chunk = row_group.column(index)
-            packed, unpacked = max(1, chunk.total_compressed_size), chunk.total_uncompressed_size
-            if unpacked > bomb_bytes and unpacked > _BOMB_RATIO * packed:
+            packed, unpacked = chunk.total_compressed_size, chunk.total_uncompressed_size
+            if index in repeated:  # a list of a billion nulls takes a few bytes even before it is compressed
+                unpacked = max(unpacked, chunk.num_values)
+            if is_bomb(packed, unpacked, bomb_bytes):
                 raise DatasetError(
-                    f"{name} would unpack {packed} bytes to {unpacked}",
+                    f"{name} would unpack {packed} bytes to {unpacked} bytes or values",
                     details=[f"row group {group}, column {chunk.path_in_schema!r}"],
                     hint="The file looks like a decompression bomb. Write it again with smaller row groups.",
                 )

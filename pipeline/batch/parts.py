@@ -181,22 +181,29 @@ def encode_part(rows: Sequence[AnsweredRow], form: PartFormat, inputs: pa.Table 
     Args:
         rows: All rows of a shard.
         form: The job's.
-        inputs: The shard's table as it was read. A Parquet part of Parquet or CSV rows then takes the input columns
-            from it unchanged, rather than from Python values, which lose what Python cannot hold.
+        inputs: The shard's table as it was read. A Parquet part of rows that are not JSONL then takes the input columns
+            from it, rather than from Python values, which lose what Python cannot hold; a value that does not fit the
+            type that the dataset's files have in common is null there, and its row a failure.
 
     Raises:
         OutputError: A value does not fit its column.
     """
     misfits = [row.row.failure or form.misfit(row.row.values) for row in rows]
-    ours = [_ours(row, misfit, form) for row, misfit in zip(rows, misfits, strict=True)]
     if form.kind == "jsonl":
-        return b"".join(_json_line(row, answer, form) for row, answer in zip(rows, ours, strict=True))
+        return b"".join(
+            _json_line(row, _ours(row, misfit, form), form) for row, misfit in zip(rows, misfits, strict=True)
+        )
     names = OUR_SCHEMA.names
+    unfit: dict[int, Failure] = {}
     try:
         if inputs is not None and not form.is_loose:
-            columns = [_table_column(inputs, item) for item in form.inputs]
+            columns = [_table_column(inputs, item, unfit) for item in form.inputs]
         else:
             columns = [_value_column(rows, item, is_loose=form.is_loose) for item in form.inputs]
+        ours = [
+            _ours(row, misfit or unfit.get(index), form)
+            for index, (row, misfit) in enumerate(zip(rows, misfits, strict=True))
+        ]
         columns += [
             pa.array([answer[name] for answer in ours], kind)
             for name, kind in zip(names, OUR_SCHEMA.types, strict=True)
@@ -281,10 +288,23 @@ def _json_line(row: AnsweredRow, answer: Mapping[str, Any], form: PartFormat) ->
     return text.encode() + b"\n"
 
 
-def _table_column(table: pa.Table, item: pa.Field) -> Any:
+def _table_column(table: pa.Table, item: pa.Field, unfit: dict[int, Failure]) -> Any:
     if item.name not in table.column_names:
         return pa.nulls(table.num_rows, item.type)
-    return table[item.name].cast(item.type)
+    column = table[item.name]
+    try:
+        return column.cast(item.type)
+    except pa.ArrowInvalid:  # a value too large for the type that the files have in common; find it, keep the others
+        return pa.array([_cast(value, item, index, unfit) for index, value in enumerate(column)], item.type)
+
+
+def _cast(value: pa.Scalar, item: pa.Field, index: int, unfit: dict[int, Failure]) -> pa.Scalar | None:
+    try:
+        return value.cast(item.type)
+    except pa.ArrowInvalid:
+        why = f"column {item.name!r} is {item.type} in all files together, which cannot hold {value.as_py()!r:.80}"
+        unfit.setdefault(index, _drift(why))
+        return None
 
 
 def _value_column(rows: Sequence[AnsweredRow], item: pa.Field, *, is_loose: bool) -> pa.Array:

@@ -19,6 +19,7 @@ from pipeline.batch.parts import PartFormat, plan_part_format
 from pipeline.batch.shards import ShardPlan
 from pipeline.batch.source import plan_shards
 from pipeline.batch.storage import open_storage
+from pipeline.batch.template import PromptTemplate
 from pipeline.engine.requests import GRAMMAR_KINDS, request_defaults
 from pipeline.engine.types import Grammar
 from pipeline.errors import BaseModelError, ConfigError, DatasetError
@@ -85,7 +86,12 @@ def prepare(config: BatchConfig, opened: OpenExperts) -> PreparedJob:
         OutputError: The output is at a place that cannot hold one.
     """
     plan = plan_shards(
-        config.dataset, format=config.format, shard_rows=config.shard_rows, storage_options=config.storage_options
+        config.dataset,
+        format=config.format,
+        shard_rows=config.shard_rows,
+        max_decompressed_bytes=config.max_decompressed_bytes,
+        hive_partitions=config.hive_partitions,
+        storage_options=config.storage_options,
     )
     refuse_nested(config, plan)
     columns = _columns(config, plan)
@@ -171,7 +177,8 @@ def _grammar_option(config: BatchConfig, expert: OpenExpert) -> dict[str, bool]:
 
 
 def _columns(config: BatchConfig, plan: ShardPlan) -> ResolvedColumns:
-    columns = resolve_columns(config.columns, plan.columns)
+    template = None if config.prompt_template is None else PromptTemplate.parse(config.prompt_template)
+    columns = resolve_columns(config.columns, plan.columns, template)
     if config.experts and columns.expert is None:
         raise DatasetError(
             "experts are given, and the dataset has no column that says which of them answers a row",
@@ -197,9 +204,10 @@ def refuse_nested(config: BatchConfig, plan: ShardPlan) -> None:
     folders = [folder for folder in (absolute(item).rstrip("/") + "/" for item in items) if output.startswith(folder)]
     around = [folder for folder in folders if not is_hidden(output.removeprefix(folder))]
     inside = [
-        shard.path
+        path
         for shard in plan.shards
-        if shard.path.startswith(output) and not is_hidden(shard.path.removeprefix(output))
+        for path in shard.paths
+        if path.startswith(output) and not is_hidden(path.removeprefix(output))
     ]
     if around or inside:
         raise ConfigError(
@@ -235,6 +243,7 @@ def job_fingerprint(
         "dtype": config.dtype or "auto",
         "quantization": config.quantization,
         "columns": {role: name for role, name in asdict(columns).items() if name and role != "expected"},
+        **({} if config.prompt_template is None else {"prompt_template": config.prompt_template}),
         "sampling": options if default is None else options | _grammar_option(config, default),
         "seed": config.seed,
         "dataset_sha256": plan.digest,

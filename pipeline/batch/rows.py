@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from pipeline.batch.json_rows import InvalidRowError
 from pipeline.batch.jsonl_files import parse_line
-from pipeline.batch.shards import Shard
+from pipeline.batch.shards import FileSlice, Shard
 from pipeline.engine.types import Failure
 
 INVALID_ROW = "invalid_row"
@@ -19,7 +19,8 @@ class Row:
     """One row of the dataset.
 
     Args:
-        identity: `name#row` (Parquet, CSV) or `name@byte` (JSONL) in the file; it does not depend on the sharding.
+        identity: `name#row` (Parquet, Arrow, CSV) or `name@byte` (JSONL; of the text, when it is compressed) in the
+            file; it does not depend on the sharding.
         values: Column to value; empty when the row cannot be read.
         failure: Why the row cannot be read, with the code `invalid_row`; None when it can.
     """
@@ -32,8 +33,8 @@ class Row:
 def iter_rows(shard: Shard, table: pa.Table) -> Iterator[Row]:
     """The rows of a shard, in order.
 
-    Parquet values become Python values; one that Python cannot hold (such as a date after year 9999) becomes its
-    text.
+    Values of columns become Python values; one that Python cannot hold (such as a date after year 9999) becomes its
+    text. A line that has a column of its directories itself cannot be read: which is meant, nobody knows.
 
     Args:
         shard: The shard.
@@ -43,12 +44,22 @@ def iter_rows(shard: Shard, table: pa.Table) -> Iterator[Row]:
 
 
 def _line_rows(shard: Shard, table: pa.Table) -> Iterator[Row]:
-    for line, offset in zip(table["line"].to_pylist(), table["offset"].to_pylist(), strict=True):
-        identity = f"{shard.name}@{offset}"
+    places = zip(table["slice"].to_pylist(), table["offset"].to_pylist(), strict=True)
+    for line, (number, offset) in zip(table["line"].to_pylist(), places, strict=True):
+        file = shard.slices[number]
+        identity = f"{file.name}@{offset}"
         try:
-            yield Row(identity, parse_line(line, offset), None)
+            yield Row(identity, _line_values(file, line, offset), None)
         except InvalidRowError as error:
-            yield Row(identity, {}, Failure(INVALID_ROW, f"line at byte {offset} of {shard.name}: {error}"))
+            yield Row(identity, {}, Failure(INVALID_ROW, f"line at byte {offset} of {file.name}: {error}"))
+
+
+def _line_values(file: FileSlice, line: bytes | None, offset: int) -> dict[str, Any]:
+    values = parse_line(line, offset)
+    twice = next((name for name, _ in file.partition if name in values), None)
+    if twice is not None:
+        raise InvalidRowError(f"it has the column {twice!r}, which its directory has as well")
+    return values | dict(file.partition)
 
 
 def _column_rows(shard: Shard, table: pa.Table) -> Iterator[Row]:
@@ -56,11 +67,11 @@ def _column_rows(shard: Shard, table: pa.Table) -> Iterator[Row]:
     columns = [
         _values(column, name, unreadable) for name, column in zip(table.column_names, table.columns, strict=True)
     ]
-    for index in range(table.num_rows):
-        number = shard.start + index
-        identity = f"{shard.name}#{number}"
+    places = ((file.name, number) for file in shard.slices for number in range(file.start, file.stop))
+    for index, (file_name, number) in zip(range(table.num_rows), places, strict=True):
+        identity = f"{file_name}#{number}"
         if index in unreadable:
-            message = f"row {number} of {shard.name}: {unreadable[index]}"
+            message = f"row {number} of {file_name}: {unreadable[index]}"
             yield Row(identity, {}, Failure(INVALID_ROW, message))
         else:
             values = {name: column[index] for name, column in zip(table.column_names, columns, strict=True)}

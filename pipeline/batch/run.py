@@ -12,17 +12,16 @@ from pipeline.batch.commit import refuse_foreign
 from pipeline.batch.config import BatchConfig
 from pipeline.batch.drive import drive
 from pipeline.batch.execute import RunCounts, quiet
+from pipeline.batch.files import format_of
 from pipeline.batch.layout import INPUT
 from pipeline.batch.lease import hold
 from pipeline.batch.manifest import check_parts
 from pipeline.batch.plan import OpenExperts, PreparedJob, open_experts, prepare
 from pipeline.batch.progress import BatchReport, Phases, Progress, per_second
 from pipeline.batch.result import BatchResult
-from pipeline.batch.staging import stage_in_memory, stage_tables
+from pipeline.batch.staging import hugging_face_tables, is_hugging_face, stage_in_memory, stage_tables
 from pipeline.batch.storage import open_storage
 from pipeline.errors import FingerprintError
-
-DATA_EXTENSIONS = (".parquet", ".jsonl", ".ndjson", ".json", ".csv")
 
 
 def run_batch(
@@ -39,10 +38,10 @@ def run_batch(
     job is not run at all.
 
     Args:
-        dataset: A path, glob or URL of Parquet, JSONL or CSV files, or a list of them; or rows in memory: a list of
-            prompts or dicts, a pandas DataFrame, a `ray.data.Dataset`. Rows in memory are first written to the output
-            folder. A list of `Path`s or of strings that all end like data files
-            (`.parquet`, `.jsonl`, ...) is taken as files, any other list of strings as prompts.
+        dataset: A path, glob or URL of Parquet, JSONL, CSV or Arrow files, or a list of them; or rows in memory: a
+            list of prompts or dicts, a pandas DataFrame, a `ray.data.Dataset`, a Hugging Face `datasets.Dataset`. Rows
+            in memory are first written to the output folder. A list of `Path`s or of strings that all end like data
+            files (`.parquet`, `.jsonl`, ...) is taken as files, any other list of strings as prompts.
         expert: Path or URL of the package. With `experts` (a mapping from the names in the rows' column `expert` to
             packages over one base model), that of the rows that name none; it may then be left out.
         output: Folder or URL for the answers; a new temporary folder if None.
@@ -142,7 +141,7 @@ def _is_in_memory(dataset: Any) -> bool:
     if isinstance(dataset, str | os.PathLike):
         return False
     if isinstance(dataset, list | tuple) and dataset and all(isinstance(item, str | os.PathLike) for item in dataset):
-        return not all(isinstance(item, os.PathLike) or item.lower().endswith(DATA_EXTENSIONS) for item in dataset)
+        return not all(isinstance(item, os.PathLike) or format_of(item) is not None for item in dataset)
     return True
 
 
@@ -151,6 +150,8 @@ def _stage(dataset: Any, config: BatchConfig) -> str | list[str]:
     folder = f"{config.output.rstrip('/')}/{INPUT}"
     if type(dataset).__module__.startswith("ray.data"):
         return stage_tables(_tables_in_order(dataset, config), folder, config.storage_options)
+    if is_hugging_face(dataset):
+        return stage_tables(hugging_face_tables(dataset), folder, config.storage_options)
     return stage_in_memory(dataset, folder, config.storage_options)
 
 

@@ -16,7 +16,11 @@ from pipeline.batch.storage import Storage, open_storage
 from pipeline.errors import DatasetError
 
 FILE_BYTES = 64 * 1024 * 1024
-_HINT = "Give a list of prompts (str), a list of rows (dict) of JSON values, or a pandas DataFrame."
+_HINT = (
+    "Give a list of prompts (str), a list of rows (dict) of JSON values, a pandas DataFrame, or a Dataset of Ray or "
+    "Hugging Face."
+)
+_HUGGING_FACE_ROWS = 1024
 
 
 def stage_in_memory(dataset: Any, folder: str, storage_options: Mapping[str, Any] | None = None) -> str:
@@ -74,6 +78,27 @@ def stage_tables(
         for index, table in enumerate(_files(tables, file_bytes))
     ]
     return paths or [_store(storage, "table-00000", _parquet(pa.table({})), "parquet")]
+
+
+def is_hugging_face(dataset: Any) -> bool:
+    """Whether it is of Hugging Face `datasets`, which need not be installed here."""
+    return type(dataset).__module__.partition(".")[0] == "datasets"
+
+
+def hugging_face_tables(dataset: Any) -> Iterator[pa.Table]:
+    """The rows of a Hugging Face `Dataset` or `IterableDataset` as Arrow tables, in order.
+
+    Raises:
+        DatasetError: It is not one of the two, but several under names, most likely.
+    """
+    if not hasattr(dataset, "with_format") or not hasattr(dataset, "iter"):
+        names = [repr(name) for name in dataset] if isinstance(dataset, Mapping) else []
+        raise DatasetError(
+            f"the dataset is a {type(dataset).__name__}",
+            details=[f"it has  {name}" for name in names],
+            hint='Choose one split, such as dataset["train"].',
+        )
+    yield from dataset.with_format("arrow").iter(batch_size=_HUGGING_FACE_ROWS)
 
 
 def _store(storage: Storage, stem: str, data: bytes, extension: str) -> str:

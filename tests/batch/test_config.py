@@ -63,6 +63,8 @@ def test_defaults() -> None:
     shown = {name: value for name, value in config.model_dump().items() if not isinstance(value, dict)}
     assert {name: value for name, value in shown.items() if value is not None} == {
         **REQUIRED,
+        "hive_partitions": True,
+        "max_decompressed_bytes": 256 * 1024 * 1024,
         "output_prefix": "",
         "seed": 0,
         "shard_rows": 256,
@@ -123,7 +125,10 @@ def test_missing_options_are_all_named() -> None:
         ({"dataset": []}, "dataset: expected a path, glob pattern or URL, or a list of them, got an empty list"),
         ({"dataset": 5}, "dataset: expected a path, glob pattern or URL, or a list of them, got 5"),
         ({"dataset": ["a", ""]}, 'dataset[1]: expected a non-empty string, got ""'),
-        ({"format": "parquett"}, 'format: expected "parquet", "jsonl" or "csv", got "parquett"'),
+        ({"format": "parquett"}, 'format: expected "parquet", "jsonl", "csv" or "arrow", got "parquett"'),
+        ({"max_decompressed_bytes": 0}, "max_decompressed_bytes: expected a whole number of at least 1, got 0"),
+        ({"hive_partitions": "no"}, 'hive_partitions: expected true or false, got "no"'),
+        ({"prompt_template": 3}, "prompt_template: expected a text with names of columns in braces, got 3"),
         ({"expert": None}, "expert: missing; expected a path or URL of a package"),
         ({"expert": None, "experts": {}}, "expert: missing; expected a path or URL of a package"),
         ({"num_workers": 3, "max_workers": 2}, "max_workers: expected at least num_workers, which is 3, got 2"),

@@ -6,7 +6,7 @@ import shutil
 import fsspec
 import pytest
 
-from pipeline.batch.files import file_format, find_files
+from pipeline.batch.files import file_format, find_files, format_of
 from pipeline.batch.source import plan_shards
 from pipeline.errors import ConfigError, DatasetError, MissingDependencyError
 
@@ -69,7 +69,7 @@ def test_relative_paths_and_urls(folder, monkeypatch):
     (file,) = find_files("memory://bucket/in")
     assert (file.name, file.size) == ("x.jsonl", 3)
     plan = plan_shards("memory://bucket/in/*.jsonl")
-    assert plan.shards[0].path.startswith("memory://")
+    assert plan.shards[0].paths[0].startswith("memory://")
 
 
 def test_links_are_followed_but_never_in_circles(folder):
@@ -142,6 +142,10 @@ def test_the_format_is_told_by_the_extension_or_given(tmp_path):
         (tmp_path / name).touch()
     formats = {name: file_format(find_files(tmp_path / name), None) for name in ("a.PARQUET", "b.ndjson", "c.csv")}
     assert formats == {"a.PARQUET": "parquet", "b.ndjson": "jsonl", "c.csv": "csv"}
+    assert [format_of(name) for name in ("a.json.gz", "b.CSV.ZST", "c.feather", "d.arrow")] == [
+        *("jsonl", "csv", "arrow", "arrow")
+    ]
+    assert [format_of(name) for name in ("a.parquet.gz", "b.arrow.zst", "c.jsonl.bz2", "d.gz", "e")] == [None] * 5
     assert file_format(find_files(tmp_path / "d.txt"), "csv") == "csv"
     with pytest.raises(DatasetError, match="extension") as caught:
         file_format(find_files(tmp_path), None)

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.batch.json_rows import MAX_DEPTH, InvalidRowError, parse_object
-from pipeline.batch.jsonl_files import read_lines, sampled_schema, shard_bytes
+from pipeline.batch.jsonl_files import head_bytes, head_kinds, read_lines, sampled_schema, shard_bytes
 from pipeline.batch.rows import iter_rows
 from pipeline.batch.shards import JSON_TEXT
 from pipeline.batch.source import plan_shards, read_shard
@@ -149,10 +149,16 @@ def test_shards_hold_about_the_rows_asked_for():
     assert shard_bytes(b"\n\n", 1) == 2
 
 
+def test_of_many_files_less_is_looked_at_in_each():
+    assert head_bytes(1) == head_bytes(256) == 256 * 1024
+    assert head_bytes(1_024) == 64 * 1024
+    assert head_bytes(100_000) == 16 * 1024
+
+
 def test_columns_and_types_come_from_the_first_lines_of_all_files():
     first = b'{"s": "x", "i": 1, "f": 1, "b": true, "n": null, "m": 1, "l": [1], "big": 9223372036854775808}\n'
     second = b'{"s": null, "f": 1.5, "m": "x", "later": "y"}\nnot json\n{"cut": 1'
-    schema = sampled_schema([(first, True), (second, False)])
+    schema = sampled_schema([head_kinds(first, is_whole=True), head_kinds(second, is_whole=False)])
     types = {item.name: "json" if item.metadata == JSON_TEXT else str(item.type) for item in schema}
     assert types == {
         "s": "string",

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline.batch.rows import iter_rows
 from pipeline.batch.source import plan_shards, read_shard
-from pipeline.batch.staging import stage_in_memory, stage_tables
+from pipeline.batch.staging import hugging_face_tables, is_hugging_face, stage_in_memory, stage_tables
 from pipeline.errors import DatasetError
 
 
@@ -118,3 +118,33 @@ def test_any_rows_come_back(tmp_path_factory, dataset, shard_rows):
     assert rows_of(path, shard_rows=shard_rows) == [
         {"prompt": item} if isinstance(item, str) else item for item in dataset
     ]
+
+
+class TestHuggingFace:
+    """Their `datasets`, where it is installed; it is none of our dependencies."""
+
+    @pytest.fixture
+    def datasets(self):
+        return pytest.importorskip("datasets")
+
+    def test_rows_come_in_the_datasets_order(self, datasets, tmp_path):
+        dataset = datasets.Dataset.from_dict({"q": [f"{n}" for n in range(3000)], "n": list(range(3000))})
+        chosen = dataset.select(range(2999, -1, -1)).filter(lambda row: row["n"] % 2 == 0)
+        paths = stage_tables(hugging_face_tables(chosen), str(tmp_path))
+        assert rows_of(paths) == [{"q": f"{n}", "n": n} for n in range(2998, -1, -2)]
+        assert stage_tables(hugging_face_tables(chosen), str(tmp_path)) == paths
+        assert is_hugging_face(chosen)
+
+    def test_a_stream_is_read_as_well(self, datasets, tmp_path):
+        dataset = datasets.Dataset.from_dict({"q": ["a", "b"]}).to_iterable_dataset()
+        assert rows_of(stage_tables(hugging_face_tables(dataset), str(tmp_path))) == [{"q": "a"}, {"q": "b"}]
+
+    def test_several_splits_are_refused(self, datasets):
+        splits = datasets.DatasetDict({"train": datasets.Dataset.from_dict({"q": ["a"]})})
+        with pytest.raises(DatasetError, match="is a DatasetDict") as caught:
+            list(hugging_face_tables(splits))
+        assert caught.value.details == ("it has  'train'",)
+
+
+def test_what_is_not_of_hugging_face_is_not_taken_for_it():
+    assert not any(is_hugging_face(value) for value in ([], pd.DataFrame(), "datasets", pa.table({})))

@@ -1,5 +1,6 @@
 """`run_batch` on a real Ray: every kind of dataset, every row answered once, in order, and never twice."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,28 @@ def test_csv_and_other_column_names(
         run_batch(**options, output=tmp_path / "out")
     result = run_batch(**options, output_prefix="answer_", output=tmp_path / "out")
     assert result.to_pandas()["answer_text"].tolist() == answered.to_pandas()["text"].head(10).tolist()
+
+
+def test_compressed_lines_in_hive_directories_by_a_template(
+    answered: BatchResult, job_options: dict[str, Any], questions: Path, tmp_path: Path
+) -> None:
+    frame = pq.read_table(questions).to_pandas().head(6)
+    rows = [{"question": row["prompt"], "about": row["schema"]} for _, row in frame.iterrows()]
+    for year, some in (("2023", rows[:4]), ("2024", [*rows[4:], {"question": None, "about": "x"}])):
+        folder = tmp_path / "data" / f"year={year}"
+        folder.mkdir(parents=True)
+        lines = "".join(json.dumps(row) + "\n" for row in some)
+        (folder / "rows.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    options = {**job_options, "dataset": str(tmp_path / "data"), "columns": {"schema": "about"}}
+    result = run_batch(**options, prompt_template="{question}", output=tmp_path / "out")
+    found = result.to_pandas()
+    assert found["text"].tolist()[:6] == answered.to_pandas()["text"].tolist()[:6]
+    assert found["year"].tolist() == [2023] * 4 + [2024] * 3
+    assert found["error"][6]["code"] == InvalidRequestError.code
+    assert "'question'" in found["error"][6]["message"]
+    with pytest.raises(FingerprintError) as caught:
+        run_batch(**options, prompt_template="Q: {question}", output=tmp_path / "out")
+    assert caught.value.details == ('prompt_template: there "{question}", now "Q: {question}"',)
 
 
 def test_an_empty_dataset_is_a_finished_job(job_options: dict[str, Any], tmp_path: Path) -> None:
