@@ -6,7 +6,9 @@ _commits/00000.json  the receipt of part 0: what it holds
 _attempts/           unfinished attempts of a local disk
 _input/              rows that came from memory, when they did
 _manifest.json       all receipts, when every shard is committed
-_SUCCESS             the manifest's SHA-256; the last file to appear
+_SUCCESS             the manifest's SHA-256; the last file of the answers to appear
+_runs/<uuid>.json    what each run did (run_record.py)
+_report/             report.json and report.html, made from the manifest and _runs (report.py)
 """
 
 import hashlib

@@ -16,8 +16,11 @@ from pipeline.batch.blocks import ShardDatasource
 from pipeline.batch.cluster import Cluster, connect
 from pipeline.batch.commit import Receipt
 from pipeline.batch.config import BatchConfig
-from pipeline.batch.plan import PreparedJob, absolute
+from pipeline.batch.metrics import JobMetrics
+from pipeline.batch.plan import PreparedJob, absolute, digest_of
 from pipeline.batch.progress import Phases, Progress
+from pipeline.batch.run_record import RunRecorder
+from pipeline.batch.shard_stats import ShardStats
 from pipeline.batch.shards import Shard
 from pipeline.batch.worker import ShardWorker, WorkerJob
 from pipeline.errors import ConfigError, ExpertError, JobFailedError
@@ -51,7 +54,9 @@ class Workers:
     num_threads: int | None
 
 
-def execute(job: PreparedJob, done: Mapping[int, Receipt], progress: Progress, phases: Phases) -> RunCounts:
+def execute(
+    job: PreparedJob, done: Mapping[int, Receipt], progress: Progress, phases: Phases, recorder: RunRecorder
+) -> RunCounts:
     """Answer every shard that is not done yet.
 
     Args:
@@ -59,6 +64,7 @@ def execute(job: PreparedJob, done: Mapping[int, Receipt], progress: Progress, p
         done: Receipts of committed shards, by shard.
         progress: Shows how far it is.
         phases: Time until the first shard is begun counts as `start`, the rest as `run`.
+        recorder: Takes down what this run does.
 
     Raises:
         ConfigError: The workers do not fit the cluster.
@@ -74,17 +80,22 @@ def execute(job: PreparedJob, done: Mapping[int, Receipt], progress: Progress, p
         receipts = _receipts(job, pending, workers)
     already = list(done.values())
     rows_done, errors_done = sum(item.rows for item in already), sum(item.errors for item in already)
-    progress.start(len(job.plan.shards), len(already), job.plan.num_rows, rows_done, errors_done)
+    recorder.plan_workers(workers.count)
+    metrics = JobMetrics(job=digest_of(job.output.fingerprint)[:12], expert=job.package.label)
+    progress.tell(metrics.show)
+    progress.start(len(job.plan.shards), len(already), job.plan.num_rows, rows_done, errors_done, workers.count)
     try:
         with progress.ticking():
             with phases.phase("start"):
-                first, seconds = next(receipts)
+                first, first_stats = next(receipts)
             # The first shard was answered before its receipt came: that was running, not starting.
-            phases.move(seconds, "start", "run")
-            progress.began(seconds)
+            phases.move(first_stats.seconds, "start", "run")
+            progress.began(first_stats.seconds)
             with phases.phase("run"):
-                for receipt, _ in chain([(first, seconds)], receipts):
-                    progress.update(receipt)
+                for receipt, stats in chain([(first, first_stats)], receipts):
+                    recorder.add(receipt, stats)
+                    metrics.count(receipt)
+                    progress.update(receipt, worker=stats.worker, seconds=stats.seconds)
                     rows += receipt.rows
                     tokens += receipt.completion_tokens
     finally:
@@ -121,8 +132,8 @@ def plan_workers(config: BatchConfig, cluster: Cluster, num_shards: int) -> Work
     return Workers(count, num_cpus, num_gpus, threads)
 
 
-def _receipts(job: PreparedJob, pending: list[Shard], workers: Workers) -> Iterator[tuple[Receipt, float]]:
-    """The receipt of each shard as it is committed, and how long it took."""
+def _receipts(job: PreparedJob, pending: list[Shard], workers: Workers) -> Iterator[tuple[Receipt, ShardStats]]:
+    """The receipt of each shard as it is committed, and how it was answered."""
     with quiet():
         answered = ray.data.read_datasource(
             ShardDatasource(pending, job.config.storage_options),
@@ -142,8 +153,8 @@ def _receipts(job: PreparedJob, pending: list[Shard], workers: Workers) -> Itera
     try:
         batches: Iterator[pa.Table] = iter(answered.iter_batches(batch_size=None, batch_format="pyarrow"))
         for batch in batches:
-            for text, seconds in zip(batch["receipt"].to_pylist(), batch["seconds"].to_pylist(), strict=True):
-                yield Receipt.from_json(text), seconds
+            for text, stats in zip(batch["receipt"].to_pylist(), batch["stats"].to_pylist(), strict=True):
+                yield Receipt.from_json(text), ShardStats.from_json(stats)
     except (ExpertError, ray.exceptions.RayError, ExecutionTimeoutError, RuntimeError) as error:
         raise _job_failed(error) from error
 

@@ -160,8 +160,7 @@ def encode_part(rows: Sequence[AnsweredRow], form: PartFormat, inputs: pa.Table 
     Raises:
         OutputError: A value does not fit its column.
     """
-    misfits = [row.row.failure or form.misfit(row.row.values) for row in rows]
-    ours = [_ours(row, misfit, form) for row, misfit in zip(rows, misfits, strict=True)]
+    ours = [_ours(row, form) for row in rows]
     if form.kind == "jsonl":
         return b"".join(_json_line(row, answer, form) for row, answer in zip(rows, ours, strict=True))
     names = OUR_SCHEMA.names
@@ -217,9 +216,19 @@ def count_part(data: bytes, kind: PartKind, prefix: str = "") -> PartCounts:
         ) from error
 
 
-def _ours(row: AnsweredRow, misfit: Failure | None, form: PartFormat) -> dict[str, Any]:
-    completion = row.completion
-    failure = misfit or (completion.failure if completion is not None else None)
+def failure_of(row: AnsweredRow, form: PartFormat) -> Failure | None:
+    """Why a row has no answer in its part: it could not be read, does not fit, or was not answered; None when it has.
+
+    Args:
+        row: The row.
+        form: The job's.
+    """
+    misfit = row.row.failure or form.misfit(row.row.values)
+    return misfit or (row.completion.failure if row.completion is not None else None)
+
+
+def _ours(row: AnsweredRow, form: PartFormat) -> dict[str, Any]:
+    completion, failure = row.completion, failure_of(row, form)
     if completion is None and failure is None:
         raise OutputError(
             f"row {row.row.identity} has neither an answer nor a failure", hint="Report this: it is a mistake of ours."

@@ -3,6 +3,7 @@
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pyarrow as pa
@@ -11,9 +12,12 @@ from pipeline.batch.cluster import connect
 from pipeline.batch.commit import INPUT, refuse_foreign
 from pipeline.batch.config import BatchConfig
 from pipeline.batch.execute import RunCounts, execute, quiet
+from pipeline.batch.job_count import per_second
 from pipeline.batch.plan import OpenExpert, open_expert, prepare
-from pipeline.batch.progress import BatchReport, Phases, Progress, per_second
+from pipeline.batch.progress import BatchReport, Phases, Progress
+from pipeline.batch.report import write_report
 from pipeline.batch.result import BatchResult
+from pipeline.batch.run_record import RunRecorder
 from pipeline.batch.staging import stage_in_memory, stage_tables
 from pipeline.batch.storage import open_storage
 
@@ -94,10 +98,13 @@ def _run(config: BatchConfig, opened: OpenExpert, phases: Phases, *, progress: b
         was_complete = job.output.is_complete()
         done = {} if was_complete else job.output.committed()
     counts = RunCounts()
-    if not was_complete:
-        counts = execute(job, done, Progress(enabled=progress, seconds=config.progress_seconds), phases)
-    with phases.phase("commit"):
-        manifest = job.output.finish()
+    recorder = RunRecorder(phases, price_per_hour=config.price_per_hour)
+    with nullcontext() if was_complete else recorder.recording(job.output.storage):
+        if not was_complete:
+            line = Progress(enabled=progress, seconds=config.progress_seconds)
+            counts = execute(job, done, line, phases, recorder)
+        with phases.phase("commit"):
+            manifest = job.output.finish()
     seconds = phases.seconds()
     report = BatchReport(
         output=job.output.storage.url(""),
@@ -112,6 +119,7 @@ def _run(config: BatchConfig, opened: OpenExpert, phases: Phases, *, progress: b
         tokens_per_second=per_second(counts.completion_tokens, seconds["run"]),
         seconds=seconds,
         already_complete=was_complete,
+        page=write_report(job.output, manifest, anew=not was_complete),
     )
     return BatchResult(job, manifest, report)
 

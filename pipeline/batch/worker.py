@@ -15,6 +15,7 @@ from pipeline.batch.commit import JobOutput, Receipt
 from pipeline.batch.config import ResolvedColumns
 from pipeline.batch.parts import AnsweredRow, PartFormat, encode_part
 from pipeline.batch.rows import Row, iter_rows
+from pipeline.batch.shard_stats import shard_stats
 from pipeline.batch.shards import Shard
 from pipeline.engine.types import Completion, Failure, Request
 from pipeline.errors import ExpertError, IntegrityError, InvalidRequestError
@@ -67,24 +68,25 @@ class ShardWorker:
         """Answer the shards of a block; see `blocks.shard_block` for its form.
 
         Returns:
-            A row a shard: `receipt` (JSON) and `seconds` (of work).
+            A row a shard: `receipt` and `stats` (`ShardStats`), both JSON.
 
         Raises:
             ExpertError: The expert cannot be loaded on this machine, or a part cannot be written.
         """
         if self._failure is not None:
             raise self._failure
-        receipts, seconds = [], []
+        receipts, stats = [], []
         for text, rows in zip(block["shard"].to_pylist(), block["rows"].to_pylist(), strict=True):
             started = time.monotonic()
             shard = Shard.from_json(text)
             with pa.ipc.open_stream(rows) as reader:
                 table = reader.read_all()
-            receipts.append(self._answer(shard, table).to_json())
-            seconds.append(time.monotonic() - started)
-        return pa.table({"receipt": receipts, "seconds": seconds})
+            receipt, answered = self._answer(shard, table)
+            receipts.append(receipt.to_json())
+            stats.append(shard_stats(answered, self._job.part_format, time.monotonic() - started).to_json())
+        return pa.table({"receipt": receipts, "stats": stats})
 
-    def _answer(self, shard: Shard, table: pa.Table) -> Receipt:
+    def _answer(self, shard: Shard, table: pa.Table) -> tuple[Receipt, list[AnsweredRow]]:
         form = self._job.part_format
         rows = list(iter_rows(shard, table))
         answers: dict[str, Completion] = {}
@@ -98,7 +100,7 @@ class ShardWorker:
                 answers[str(position)] = _failed(str(position), error)
         answers |= {completion.request_id: completion for completion in self._expert.engine.generate(requests)}
         answered = [AnsweredRow(row, answers.get(str(position))) for position, row in enumerate(rows)]
-        return self._job.output.commit(shard.index, encode_part(answered, form, table))
+        return self._job.output.commit(shard.index, encode_part(answered, form, table)), answered
 
     def _request(self, request_id: str, row: Row) -> Request:
         columns = self._job.columns
