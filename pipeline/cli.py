@@ -299,6 +299,59 @@ def _options(given: list[str] | None) -> dict[str, Any]:
     return options
 
 
+@app.command("eval")
+def evaluate(
+    config: Annotated[Path, typer.Argument(help="A YAML file; columns.expected names the right answers.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys to override.")] = None,
+    samples: Annotated[int, typer.Option(help="Show so many wrong answers of each expert.", min=0)] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
+) -> None:
+    """Run a batch job, or continue it, and print how many answers are right, by expert.
+
+    Example: expert eval configs/demo.yaml --samples 3
+    """
+    evaluate_job(config, overrides or [], samples=samples, as_json=as_json)
+
+
+def evaluate_job(config: Path, overrides: list[str], *, samples: int, as_json: bool) -> None:
+    """Run and judge the batch job of a configuration file; the process ends with an exit code on errors."""
+    with errors_on_exit():
+        from pipeline.batch.config_file import load_config
+        from pipeline.batch.evaluate import evaluate_job as judge
+        from pipeline.cli_tables import print_scores
+
+        _, scores = judge(load_config(config, overrides))
+        if as_json:
+            typer.echo(json.dumps([score.to_dict() for score in scores], ensure_ascii=False, indent=2))
+        else:
+            print_scores(scores, samples, Console())
+
+
+@app.command("diff")
+def diff_outputs(
+    first: Annotated[str, typer.Argument(help="The output folder or URL of a finished job.")],
+    second: Annotated[str, typer.Argument(help="That of another job over the same dataset.")],
+    samples: Annotated[int, typer.Option(help="Show so many rows that differ.", min=0)] = 5,
+    exit_code: Annotated[bool, typer.Option("--exit-code", help="End with 1 when any row differs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
+) -> None:
+    """Compare two outputs row by row.
+
+    Example: expert diff answers/ answers-int8/ --samples 10
+    """
+    with errors_on_exit():
+        from pipeline.batch.diff import diff_outputs as compare
+        from pipeline.cli_tables import print_diff
+
+        found = compare(first, second, max_samples=samples)
+        if as_json:
+            typer.echo(json.dumps(found.to_dict(), ensure_ascii=False, indent=2))
+        else:
+            print_diff(found, Console())
+    if exit_code and found.same != found.rows:
+        raise typer.Exit(EXIT_FAILED)
+
+
 @contextmanager
 def errors_on_exit(
     interrupted: str = "interrupted; what is committed stays, and the same command continues",

@@ -11,7 +11,9 @@ _lease/              who drives the job, see `lease`
 _retry/              rows with an error that are being answered again, see `retry`
 _errors.jsonl        all rows that have an error, when every shard is committed
 _manifest.json       all receipts
-_SUCCESS             the manifest's SHA-256; the last file to appear
+_SUCCESS             the manifest's SHA-256; the last file of the answers to appear
+_runs/<uuid>.json    what each run did, see `run_record`
+_report/             report.json and report.html, made from the manifest and _runs, see `report`
 """
 
 import hashlib

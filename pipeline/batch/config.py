@@ -214,6 +214,9 @@ class BatchConfig(BaseModel):
     progress_seconds: float = Field(
         5.0, gt=0, allow_inf_nan=False, description="Seconds between two progress lines in a log."
     )
+    price_per_hour: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="What the job's machines cost an hour, together; for the report."
+    )
     max_errors: int | None = Field(
         None, ge=0, description="The job stops when more rows than this have errors; left out, it never does."
     )

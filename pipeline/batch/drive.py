@@ -10,10 +10,11 @@ from pipeline.batch.plan import PreparedJob
 from pipeline.batch.progress import Phases, Progress
 from pipeline.batch.receipts import Packer, Receipt
 from pipeline.batch.retry import RetryPlan, open_round, put_in_place, read_plan, round_output
+from pipeline.batch.run_record import RunRecorder
 
 
 def drive(
-    job: PreparedJob, lease: Lease, progress: Progress, phases: Phases
+    job: PreparedJob, lease: Lease, progress: Progress, phases: Phases, recorder: RunRecorder
 ) -> tuple[dict[str, Any], RunCounts | None]:
     """Answer what is not answered yet, and finish the job.
 
@@ -22,6 +23,7 @@ def drive(
         lease: The lease on its output; it is looked at with every receipt, and again before anything final.
         progress: Shows how far it is.
         phases: A timer for the phases.
+        recorder: Takes down what this run does.
 
     Returns:
         The manifest, and what this run answered; None when there was nothing to do.
@@ -35,7 +37,7 @@ def drive(
     output, config = job.output, job.config
     with phases.phase("plan"):
         if config.overwrite:
-            overwrite(output, lease.confirm, keep=[shard.path for shard in job.plan.shards])
+            overwrite(output, lease.confirm, keep=[path for shard in job.plan.shards for path in shard.paths])
         is_resumed = output.is_taken()
         output.begin()
         plan = _open_round(job, lease)
@@ -55,9 +57,9 @@ def drive(
         if plan is None:
             packer.add(receipt)
 
-    counts = execute(job, dict(done), progress, phases, on_receipt, is_resumed=is_resumed)
+    counts = execute(job, dict(done), progress, phases, on_receipt, recorder=recorder, is_resumed=is_resumed)
     if plan is not None:
-        again = _answer_again(job, plan, done, lease, progress, phases)
+        again = _answer_again(job, plan, done, lease, progress, phases, recorder)
         counts = RunCounts(counts.rows + again.rows, counts.completion_tokens + again.completion_tokens)
     with phases.phase("commit"):
         lease.confirm()
@@ -79,7 +81,13 @@ def _open_round(job: PreparedJob, lease: Lease) -> RetryPlan | None:
 
 
 def _answer_again(
-    job: PreparedJob, plan: RetryPlan, done: dict[int, Receipt], lease: Lease, progress: Progress, phases: Phases
+    job: PreparedJob,
+    plan: RetryPlan,
+    done: dict[int, Receipt],
+    lease: Lease,
+    progress: Progress,
+    phases: Phases,
+    recorder: RunRecorder,
 ) -> RunCounts:
     mending = replace(job, output=round_output(job.output, plan))
     mended = mending.output.committed()
@@ -92,7 +100,7 @@ def _answer_again(
         rows += done[receipt.shard].errors
         tokens += receipt.completion_tokens - done[receipt.shard].completion_tokens
 
-    execute(mending, {**others, **mended}, progress, phases, on_receipt, is_resumed=True)
+    execute(mending, {**others, **mended}, progress, phases, on_receipt, recorder=recorder, is_resumed=True)
     with phases.phase("commit"):
         done.update(put_in_place(job.output, plan, lease.confirm))
     return RunCounts(rows, tokens)

@@ -18,9 +18,12 @@ from pipeline.batch.blocks import ShardDatasource
 from pipeline.batch.cluster import Cluster, connect
 from pipeline.batch.config import BatchConfig
 from pipeline.batch.error_limits import ErrorTally
-from pipeline.batch.plan import PreparedJob
+from pipeline.batch.metrics import JobMetrics
+from pipeline.batch.plan import PreparedJob, digest_of
 from pipeline.batch.progress import Phases, Progress
 from pipeline.batch.receipts import Receipt
+from pipeline.batch.run_record import RunRecorder
+from pipeline.batch.shard_stats import ShardStats
 from pipeline.batch.shards import Shard
 from pipeline.batch.worker import ShardWorker, WorkerJob
 from pipeline.errors import ConfigError, ExpertError, JobFailedError
@@ -81,6 +84,7 @@ def execute(
     phases: Phases,
     on_receipt: Callable[[Receipt], None] = lambda _: None,
     *,
+    recorder: RunRecorder | None = None,
     is_resumed: bool = False,
     load: Loader = load_engine,
 ) -> RunCounts:
@@ -92,6 +96,7 @@ def execute(
         progress: Shows how far it is.
         phases: Time until the first shard is begun counts as `start`, the rest as `run`.
         on_receipt: Called with the receipt of each shard that is answered; what it raises ends the job.
+        recorder: Takes down what this run does.
         is_resumed: Whether the output was begun by another run.
         load: How workers come to their engines.
 
@@ -111,17 +116,25 @@ def execute(
         workers = plan_workers(job.config, cluster, len(pending))
         receipts = _receipts(job, pending, workers, _worker_job(job, workers, is_resumed=is_resumed, load=load))
     rows_done, errors_done = sum(item.rows for item in already), sum(item.errors for item in already)
-    progress.start(len(job.plan.shards), len(already), job.plan.num_rows, rows_done, errors_done)
+    if recorder is not None:
+        recorder.plan_workers(workers.most)
+    experts = ", ".join(expert.label for expert in job.experts)
+    metrics = JobMetrics(job=digest_of(job.output.fingerprint)[:12], expert=experts)
+    progress.tell(metrics.show)
+    progress.start(len(job.plan.shards), len(already), job.plan.num_rows, rows_done, errors_done, workers.most)
     try:
         with progress.ticking(), closing(receipts):
             with phases.phase("start"):
-                first, seconds = next(receipts)
+                first, first_stats = next(receipts)
             # The first shard was answered before its receipt came: that was running, not starting.
-            phases.move(seconds, "start", "run")
-            progress.began(seconds)
+            phases.move(first_stats.seconds, "start", "run")
+            progress.began(first_stats.seconds)
             with phases.phase("run"):
-                for receipt, _ in chain([(first, seconds)], receipts):
-                    progress.update(receipt)
+                for receipt, stats in chain([(first, first_stats)], receipts):
+                    if recorder is not None:
+                        recorder.add(receipt, stats)
+                    metrics.count(receipt)
+                    progress.update(receipt, worker=stats.worker, seconds=stats.seconds)
                     on_receipt(receipt)
                     rows += receipt.rows
                     tokens += receipt.completion_tokens
@@ -176,8 +189,8 @@ def _shards_in_flight(config: BatchConfig, num_shards_each: int) -> int:
 
 def _receipts(
     job: PreparedJob, pending: list[Shard], workers: Workers, told: WorkerJob
-) -> Generator[tuple[Receipt, float], None, None]:
-    """The receipt of each shard as it is committed, and how long it took."""
+) -> Generator[tuple[Receipt, ShardStats], None, None]:
+    """The receipt of each shard as it is committed, and how it was answered."""
     with quiet():
         answered = ray.data.read_datasource(
             ShardDatasource(pending, job.config.storage_options),
@@ -203,8 +216,8 @@ def _receipts(
     try:
         batches: Iterator[pa.Table] = iter(answered.iter_batches(batch_size=None, batch_format="pyarrow"))
         for batch in batches:
-            for text, seconds in zip(batch["receipt"].to_pylist(), batch["seconds"].to_pylist(), strict=True):
-                yield Receipt.from_json(text), seconds
+            for text, stats in zip(batch["receipt"].to_pylist(), batch["stats"].to_pylist(), strict=True):
+                yield Receipt.from_json(text), ShardStats.from_json(stats)
     except (ExpertError, ray.exceptions.RayError, ExecutionTimeoutError, RuntimeError) as error:
         raise _job_failed(error) from error
 

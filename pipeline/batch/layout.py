@@ -6,9 +6,9 @@ from typing import Literal
 from pipeline.batch.parts import PartKind
 
 JOB, MANIFEST, SUCCESS, ERRORS = "_job.json", "_manifest.json", "_SUCCESS", "_errors.jsonl"
-REPORTS = ("report.json", "report.html")
 COMMITS, ROW_ERRORS, PACKS = "_commits", "_errors", "_packs"
 ATTEMPTS, INPUT, LEASE, RETRY = "_attempts", "_input", "_lease", "_retry"
+RUNS, REPORT = "_runs", "_report"
 
 FINGERPRINT_METADATA = "expert_pipeline.fingerprint"
 """The key in the footer of a Parquet part under which the digest of the job's fingerprint stands."""
@@ -24,6 +24,8 @@ _FOLDERS: dict[str, NameKind] = {
     INPUT: "input",
     LEASE: "lease",
     RETRY: "retry",
+    RUNS: "report",
+    REPORT: "report",
 }
 
 
@@ -60,8 +62,6 @@ def kind_of(name: str) -> NameKind | None:
     """
     if name in (JOB, MANIFEST, SUCCESS, ERRORS):
         return "job"
-    if name in REPORTS:
-        return "report"
     kinds: tuple[NameKind, ...] = ("part", "receipt", "row errors")
     for kind in kinds:
         if shard_of(name, kind) is not None:

@@ -10,9 +10,10 @@ from pipeline.batch.layout import (
     JOB,
     MANIFEST,
     PACKS,
-    REPORTS,
+    REPORT,
     RETRY,
     ROW_ERRORS,
+    RUNS,
     SUCCESS,
     kind_of,
 )
@@ -56,8 +57,8 @@ def overwrite(output: JobOutput, confirm: Callable[[], None], *, keep: Collectio
         )
     confirm()
     storage.remove([SUCCESS])
-    storage.remove([MANIFEST, ERRORS, *REPORTS])
-    for folder in (ATTEMPTS, RETRY, PACKS, COMMITS, ROW_ERRORS):
+    storage.remove([MANIFEST, ERRORS])
+    for folder in (ATTEMPTS, RETRY, PACKS, COMMITS, ROW_ERRORS, REPORT, RUNS):
         confirm()
         storage.remove_tree(folder)
     confirm()

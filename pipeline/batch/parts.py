@@ -256,6 +256,17 @@ def count_part(data: bytes, kind: PartKind, prefix: str = "") -> PartCounts:
         ) from error
 
 
+def failure_of(row: AnsweredRow, form: PartFormat) -> Failure | None:
+    """Why a row has no answer in its part: it could not be read, does not fit, or was not answered; None when it has.
+
+    Args:
+        row: The row.
+        form: The job's.
+    """
+    misfit = row.row.failure or form.misfit(row.row.values)
+    return misfit or (row.completion.failure if row.completion is not None else None)
+
+
 def _ours(row: AnsweredRow, misfit: Failure | None, form: PartFormat) -> dict[str, Any]:
     completion = row.completion
     by = {

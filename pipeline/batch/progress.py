@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from threading import Event, RLock, Thread
-from typing import Any, Literal, Protocol, TextIO, get_args
+from typing import Any, Literal, TextIO, get_args
+
+from pipeline.batch.job_count import JobCount, Receipt, Snapshot
 
 Phase = Literal["plan", "start", "run", "commit"]
 PHASES: tuple[str, ...] = get_args(Phase)
@@ -17,28 +19,8 @@ _DEFAULT_COLUMNS = 80
 _GAP = "  "
 
 
-class Receipt(Protocol):
-    """What the progress line needs to know of a shard that is done."""
-
-    @property
-    def rows(self) -> int:
-        """Rows answered, failed ones included."""
-
-    @property
-    def errors(self) -> int:
-        """Rows that got an error for an answer."""
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of the prompts."""
-
-    @property
-    def completion_tokens(self) -> int:
-        """Tokens generated."""
-
-
 class Progress:
-    """The live line of a job: rows done, rows and tokens a second, errors, and the time that is left.
+    """The live line of a job: rows done, rows and tokens a second, errors, workers, and the time that is left.
 
     On a terminal one line is drawn again and again in its place; in a log a line is added from time to time. Rates
     count the work of this run alone, so what an earlier run committed does not make a resumed job look fast. A stream
@@ -64,13 +46,24 @@ class Progress:
         self._is_terminal = enabled and self._stream.isatty()
         self._seconds = _TERMINAL_SECONDS if self._is_terminal else seconds
         self._clock = clock
-        self._count: _Count | None = None
+        self._listener: Callable[[Snapshot], None] | None = None
+        self._count: JobCount | None = None
         self._lock = RLock()
         self._shown_at = 0.0
         self._shown = ""
 
+    def tell(self, listener: Callable[[Snapshot], None]) -> None:
+        """Tell somebody else the same numbers whenever the line is due, also when it is not shown."""
+        self._listener = listener
+
     def start(
-        self, shards_total: int, shards_done: int, rows_total: int | None, rows_done: int, errors_done: int = 0
+        self,
+        shards_total: int,
+        shards_done: int,
+        rows_total: int | None,
+        rows_done: int,
+        errors_done: int = 0,
+        workers: int | None = None,
     ) -> None:
         """Begin to count.
 
@@ -80,9 +73,12 @@ class Progress:
             rows_total: Rows of the whole job, when they are known; without them the line counts shards.
             rows_done: Rows that an earlier run committed.
             errors_done: Those of them that are errors.
+            workers: Workers that are to be started; None does not count them.
         """
         started = self._clock()
-        self._count = _Count(shards_total, shards_done, rows_total, rows_done, started, errors=errors_done)
+        self._count = JobCount(
+            shards_total, shards_done, rows_total, rows_done, started, errors=errors_done, workers=workers
+        )
         self._show()
 
     def began(self, seconds: float) -> None:
@@ -107,12 +103,18 @@ class Progress:
             stopped.set()
             thread.join()
 
-    def update(self, receipt: Receipt) -> None:
-        """Count one more shard that is done, and show it when it is time. Without `start` nothing is counted."""
+    def update(self, receipt: Receipt, *, worker: str = "", seconds: float = 0.0) -> None:
+        """Count one more shard that is done, and show it when it is time. Without `start` nothing is counted.
+
+        Args:
+            receipt: What the shard holds.
+            worker: Who answered it.
+            seconds: How long that took.
+        """
         if self._count is None:
             return
         with self._lock:
-            self._count.add(receipt)
+            self._count.add(receipt, worker, seconds, self._clock())
         self._show_when_due()
 
     def close(self) -> None:
@@ -133,10 +135,13 @@ class Progress:
             self._draw()
 
     def _draw(self) -> None:
-        if self._count is None or not self._enabled:
+        if self._count is None or not (self._enabled or self._listener):
             return
         self._shown_at = self._clock()
-        parts = self._count.parts(self._shown_at)
+        snapshot = self._count.snapshot(self._shown_at)
+        if self._listener is not None:
+            self._listener(snapshot)
+        parts = _parts(snapshot)
         if self._is_terminal:
             line = _fit(parts, _columns(self._stream) - 1)
             self._write("\r" + line.ljust(len(self._shown)))
@@ -156,46 +161,20 @@ class Progress:
             self._enabled = False
 
 
-@dataclass
-class _Count:
-    """What is done so far; `new_*` is the work of this run."""
-
-    shards_total: int
-    shards_done: int
-    rows_total: int | None
-    rows_done: int
-    started: float  # seconds on the clock
-    new_shards: int = 0
-    new_rows: int = 0
-    new_tokens: int = 0
-    errors: int = 0
-
-    def add(self, receipt: Receipt) -> None:
-        self.shards_done += 1
-        self.new_shards += 1
-        self.rows_done += receipt.rows
-        self.new_rows += receipt.rows
-        self.new_tokens += receipt.completion_tokens
-        self.errors += receipt.errors
-
-    def parts(self, now: float) -> dict[str, str]:
-        """The parts of the line, by name, in order."""
-        elapsed = now - self.started
-        if self.rows_total is not None:
-            done, new, total, unit = self.rows_done, self.new_rows, self.rows_total, "rows"
-        else:
-            done, new, total, unit = self.shards_done, self.new_shards, self.shards_total, "shards"
-        parts = {"done": f"{done:,}/{total:,} {unit}"}
-        if self.rows_total is None:
-            parts["rows"] = f"{self.rows_done:,} rows"
-        parts["percent"] = f"{100 * done / total if total else 100:.1f}%"
-        parts["rows_rate"] = f"{per_second(self.new_rows, elapsed):,.1f} rows/s"
-        parts["tokens_rate"] = f"{per_second(self.new_tokens, elapsed):,.0f} tokens/s"
-        parts["errors"] = f"{self.errors:,} error{'' if self.errors == 1 else 's'}"
-        rate = per_second(new, elapsed)
-        left = max(total - done, 0)
-        parts["eta"] = f"ETA {_duration(left / rate if left else 0) if rate or not left else '-'}"
-        return parts
+def _parts(now: Snapshot) -> dict[str, str]:
+    """The parts of the line, by name, in order."""
+    if now.rows_total is not None:
+        parts = {"done": f"{now.rows_done:,}/{now.rows_total:,} rows"}
+    else:
+        parts = {"done": f"{now.shards_done:,}/{now.shards_total:,} shards", "rows": f"{now.rows_done:,} rows"}
+    parts["percent"] = f"{100 * now.share:.1f}%"
+    parts["rows_rate"] = f"{now.rows_per_second:,.1f} rows/s"
+    parts["tokens_rate"] = f"{now.tokens_per_second:,.0f} tokens/s"
+    parts["errors"] = f"{now.errors:,} error{'' if now.errors == 1 else 's'}"
+    if now.workers is not None:
+        parts["workers"] = f"{now.workers:,} worker{'' if now.workers == 1 else 's'}"
+    parts["eta"] = f"ETA {'-' if now.seconds_left is None else _duration(now.seconds_left)}"
+    return parts
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -215,6 +194,7 @@ class BatchReport:
         tokens_per_second: Generated tokens of this run, while it answered rows.
         seconds: Wall-clock seconds by phase (plan, start, run, commit) and in total.
         already_complete: The job was finished before; this run had nothing to do.
+        page: Where `report.html` is; None when it could not be written.
     """
 
     output: str
@@ -229,6 +209,7 @@ class BatchReport:
     seconds: Mapping[str, float]
     already_complete: bool
     errors_by_code: Mapping[str, int] = field(default_factory=dict)
+    page: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values, ready for JSON."""
@@ -247,6 +228,7 @@ class BatchReport:
             "tokens": f"{self.prompt_tokens:,} prompt, {self.completion_tokens:,} generated",
             "speed": f"{self.rows_per_second:,.1f} rows/s, {self.tokens_per_second:,.0f} generated tokens/s",
             "seconds": seconds,
+            **({} if self.page is None else {"report": self.page}),
         }
         return "\n".join(f"{name:<8} {value}" for name, value in table.items())
 
@@ -285,15 +267,10 @@ class Phases:
         return {**self._seconds, "total": self._clock() - self._started}
 
 
-def per_second(count: int, seconds: float) -> float:
-    """A rate; 0 when no time has passed."""
-    return count / seconds if seconds > 0 else 0.0
-
-
 def _fit(parts: Mapping[str, str], columns: int) -> str:
     """The line, shortened to the terminal's width: rates go first, as a line that wraps cannot be drawn over."""
     kept = dict(parts)
-    for name in ("tokens_rate", "rows_rate", "rows", "errors"):
+    for name in ("workers", "tokens_rate", "rows_rate", "rows", "errors"):
         if len(_GAP.join(kept.values())) > columns:
             kept.pop(name, None)
     return _GAP.join(kept.values())[: max(columns, 0)]

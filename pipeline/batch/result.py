@@ -30,12 +30,15 @@ class BatchResult:
         job: The job.
         manifest: What `_manifest.json` says: totals, and the receipt of every part.
         report: Rows, errors, tokens, speed and time.
+
+    `columns` says which column of the dataset plays which role.
     """
 
     def __init__(self, job: "PreparedJob", manifest: Mapping[str, Any], report: "BatchReport") -> None:
         self.output = job.output.storage.url("")
         self.manifest = manifest
         self.report = report
+        self.columns = job.columns
         self._storage = job.output.storage
         self._ray_address = job.config.ray_address
         self._form = job.part_format

@@ -13,12 +13,15 @@ from pipeline.batch.config import BatchConfig
 from pipeline.batch.drive import drive
 from pipeline.batch.execute import RunCounts, quiet
 from pipeline.batch.files import format_of
+from pipeline.batch.job_count import per_second
 from pipeline.batch.layout import INPUT
 from pipeline.batch.lease import hold
 from pipeline.batch.manifest import check_parts
 from pipeline.batch.plan import OpenExperts, PreparedJob, open_experts, prepare
-from pipeline.batch.progress import BatchReport, Phases, Progress, per_second
+from pipeline.batch.progress import BatchReport, Phases, Progress
+from pipeline.batch.report import write_report
 from pipeline.batch.result import BatchResult
+from pipeline.batch.run_record import RunRecorder
 from pipeline.batch.staging import hugging_face_tables, is_hugging_face, stage_in_memory, stage_tables
 from pipeline.batch.storage import open_storage
 from pipeline.errors import FingerprintError
@@ -100,10 +103,16 @@ def _run(config: BatchConfig, opened: OpenExperts, phases: Phases, *, progress: 
         job = prepare(config, opened)
         manifest = _already_complete(job)
     answered: RunCounts | None = None
+    page: str | None = None
     if manifest is None:
         shown = Progress(enabled=progress, seconds=config.progress_seconds)
+        recorder = RunRecorder(phases, price_per_hour=config.price_per_hour)
         with hold(job.output.storage, seconds=config.lease_seconds) as lease:
-            manifest, answered = drive(job, lease, shown, phases)
+            with recorder.recording(job.output.storage):
+                manifest, answered = drive(job, lease, shown, phases, recorder)
+            page = write_report(job.output, manifest, anew=answered is not None)
+    else:
+        page = write_report(job.output, manifest, anew=False)
     counts = answered or RunCounts()
     seconds = phases.seconds()
     report = BatchReport(
@@ -119,6 +128,7 @@ def _run(config: BatchConfig, opened: OpenExperts, phases: Phases, *, progress: 
         tokens_per_second=per_second(counts.completion_tokens, seconds["run"]),
         seconds=seconds,
         already_complete=answered is None,
+        page=page,
     )
     return BatchResult(job, manifest, report)
 

@@ -13,6 +13,7 @@ from pipeline.batch.parts import AnsweredRow, PartFormat, encode_part
 from pipeline.batch.receipts import Receipt
 from pipeline.batch.row_errors import mended_part, row_errors
 from pipeline.batch.rows import Row, iter_rows
+from pipeline.batch.shard_stats import shard_stats
 from pipeline.batch.shards import Shard
 from pipeline.batch.trials import ROW_KILLS_WORKER, History, Range, Trials, plan_trials
 from pipeline.batch.turns import Turns
@@ -70,24 +71,25 @@ class ShardWorker:
         """Answer the shards of a block; see `blocks.shard_blocks` for its form.
 
         Returns:
-            A row a shard: `receipt` (JSON) and `seconds` (of work).
+            A row a shard: `receipt` and `stats` (`ShardStats`), both JSON.
 
         Raises:
             ExpertError: The expert cannot be loaded on this machine, or a part cannot be written.
         """
         if self._failure is not None:
             raise self._failure
-        receipts, seconds = [], []
+        receipts, stats = [], []
         for text, rows in zip(block["shard"].to_pylist(), block["rows"].to_pylist(), strict=True):
             started = time.monotonic()
             shard = Shard.from_json(text)
             with pa.ipc.open_stream(rows) as reader:
                 table = reader.read_all()
-            receipts.append(self._answer(shard, table).to_json())
-            seconds.append(time.monotonic() - started)
-        return pa.table({"receipt": receipts, "seconds": seconds})
+            receipt, answered = self._answer(shard, table)
+            receipts.append(receipt.to_json())
+            stats.append(shard_stats(answered, self._job.part_format, time.monotonic() - started).to_json())
+        return pa.table({"receipt": receipts, "stats": stats})
 
-    def _answer(self, shard: Shard, table: pa.Table) -> Receipt:
+    def _answer(self, shard: Shard, table: pa.Table) -> tuple[Receipt, list[AnsweredRow]]:
         rows = list(iter_rows(shard, table))
         form = self._job.part_format
         old_part = self._job.output.part_to_mend(shard.index)
@@ -112,7 +114,7 @@ class ShardWorker:
         part = encode_part(answered, form, table)
         if old_part is not None:
             part = mended_part(old_part, part, wanted, form)
-        return self._job.output.commit(shard.index, part)
+        return self._job.output.commit(shard.index, part), answered
 
     def _try(self, rows: Sequence[Row]) -> list[Completion | None]:
         try:

@@ -162,6 +162,7 @@ def test_missing_options_are_all_named() -> None:
         ({"dtype": "float8"}, 'dtype: expected "float32", "bfloat16" or "float16", got "float8"'),
         ({"storage_options": "x"}, 'storage_options: expected a mapping, got "x"'),
         ({"progress_seconds": 0}, "progress_seconds: expected a number above 0, got 0"),
+        ({"price_per_hour": -1}, "price_per_hour: expected a number of at least 0, got -1"),
         ({"progress_seconds": float("nan")}, "progress_seconds: expected a number above 0, got nan"),
         (
             {"columns": ["prompt"]},

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.batch.job_count import Snapshot
 from pipeline.batch.progress import BatchReport, Phases, Progress
 
 
@@ -106,6 +107,54 @@ def test_the_line_ticks_while_a_shard_is_being_answered() -> None:
         while stream.getvalue().count("\n") < 2 and time.monotonic() < deadline:
             time.sleep(0.05)
     assert stream.getvalue().count("\n") >= 2, "a second line came without a second update"
+
+
+def test_workers_are_those_planned_until_each_must_have_been_heard_of() -> None:
+    def work(progress: Progress, clock: Clock) -> None:
+        progress.start(1000, 0, 10_000, 0, 0, 3)
+        clock.now += 300.0  # nothing is done yet: they are being started
+        progress.began(0.0)
+        for _ in range(4):
+            clock.now += 10.0
+            for worker in ("a", "b", "c"):
+                progress.update(Done(), worker=worker, seconds=10.0)
+        for _ in range(12):  # c is gone; later d takes its place, and for a while both are known
+            clock.now += 10.0
+            for worker in ("a", "b"):
+                progress.update(Done(), worker=worker, seconds=10.0)
+        for _ in range(2):
+            clock.now += 10.0
+            for worker in ("a", "b", "d", "e"):
+                progress.update(Done(), worker=worker, seconds=10.0)
+
+    workers = [line.split("  ")[-2] for line in log_lines(work)]
+    assert workers[:5] == ["3 workers"] * 5
+    assert workers[5:-1] == ["3 workers"] * 6 + ["2 workers"] * 7
+    assert workers[-1] == "3 workers", "never more than planned"
+
+
+def test_a_long_shard_does_not_make_its_worker_look_lost() -> None:
+    def work(progress: Progress, clock: Clock) -> None:
+        progress.start(1000, 0, 10_000, 0, 0, 2)
+        clock.now += 400.0
+        for worker in ("a", "b"):
+            progress.update(Done(), worker=worker, seconds=400.0)
+        clock.now += 900.0
+        progress.update(Done(), worker="a", seconds=400.0)
+
+    assert "  2 workers  " in log_lines(work)[-1]
+
+
+def test_a_listener_is_told_what_the_line_says_even_when_none_is_shown() -> None:
+    clock, told = Clock(), list[Snapshot]()
+    progress = Progress(enabled=False, stream=io.StringIO(), clock=clock)
+    progress.tell(told.append)
+    progress.start(10, 2, 100, 20, 1, 4)
+    clock.now += 10.0
+    progress.update(Done(rows=10, errors=1, completion_tokens=200))
+    progress.close()
+    assert told[0] == Snapshot(2, 10, 20, 100, 0.2, 1, 0.0, 0.0, 4, None)
+    assert told[1] == told[2] == Snapshot(3, 10, 30, 100, 0.3, 2, 1.0, 20.0, 4, 70.0)
 
 
 def test_committed_rows_count_in_the_total_but_not_in_the_rate() -> None:
@@ -269,6 +318,12 @@ def test_report_of_a_finished_job_says_so() -> None:
     again = replace(REPORT, already_complete=True, rows_this_run=0, errors=0, errors_by_code={})
     assert str(again).splitlines()[0] == "output   answers/ (already complete: nothing was left to do)"
     assert str(again).splitlines()[2] == "errors   0"
+
+
+def test_report_says_where_its_page_is() -> None:
+    assert str(replace(REPORT, page="answers/_report/report.html")).splitlines()[-1] == (
+        "report   answers/_report/report.html"
+    )
 
 
 def test_report_survives_json(tmp_path: Path) -> None:

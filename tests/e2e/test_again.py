@@ -13,7 +13,7 @@ from pipeline.batch.config import BatchConfig
 from pipeline.batch.lease import hold
 from pipeline.batch.local_storage import LocalStorage
 from pipeline.batch.parts import PartFormat, write_parquet
-from pipeline.batch.plan import open_expert, prepare
+from pipeline.batch.plan import open_experts, prepare
 from pipeline.batch.row_errors import mended_part
 from pipeline.demo.questions import write_questions
 from pipeline.errors import FingerprintError, OutputInUseError
@@ -69,7 +69,7 @@ def test_rows_with_errors_are_answered_again_and_only_those(
     config = BatchConfig.from_options(
         **{name: value for name, value in options.items() if name != "progress"}, output=tmp_path / "out"
     )
-    job = prepare(config, open_expert(config))
+    job = prepare(config, open_experts(config))
     job.output.begin()
     for shard, path in enumerate(answered.parts):
         data = Path(path).read_bytes()
