@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import __version__
 from pipeline.batch.commit import JobOutput
 from pipeline.batch.config import BatchConfig, ResolvedColumns, resolve_columns
 from pipeline.batch.files import is_hidden
@@ -22,6 +21,7 @@ from pipeline.engine.requests import GRAMMAR_KINDS, request_defaults
 from pipeline.engine.types import Grammar
 from pipeline.errors import ConfigError
 from pipeline.package import ExpertPackage, model_digest, open_package, resolve_base_model
+from pipeline.version import __version__
 
 FINGERPRINT_VERSION = 3
 

@@ -68,6 +68,7 @@ def test_defaults() -> None:
         "shard_rows": 256,
         "engine": "packed",
         "batch_size": 128,
+        "quantization": "none",
         "overwrite": False,
         "retry_errors": False,
         "lease_seconds": 60.0,
