@@ -7,12 +7,12 @@ Importing this package imports neither torch nor Ray; they are imported when fir
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from pipeline.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from pipeline import demo, errors
     from pipeline.batch import BatchResult, run_batch
     from pipeline.expert import Expert, InferenceResult
-
-__version__ = "0.1.0"
 
 __all__ = ["BatchResult", "Expert", "InferenceResult", "demo", "errors", "run_batch"]
 

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import __version__
 from pipeline.batch.answering import JobExpert
 from pipeline.batch.commit import JobOutput
 from pipeline.batch.config import BatchConfig, ResolvedColumns, resolve_columns
@@ -24,6 +23,7 @@ from pipeline.engine.requests import GRAMMAR_KINDS, request_defaults
 from pipeline.engine.types import Grammar
 from pipeline.errors import BaseModelError, ConfigError, DatasetError
 from pipeline.package import ExpertPackage, model_digest, open_package, resolve_base_model
+from pipeline.version import __version__
 
 FINGERPRINT_VERSION = 3
 

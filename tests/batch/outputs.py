@@ -1,6 +1,9 @@
 """Finished and half finished outputs of jobs, made without an engine."""
 
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,6 +56,14 @@ def make_output(
     if finished:
         output.finish()
     return output
+
+
+@contextmanager
+def memory_folder() -> Iterator[Path]:
+    """A folder in memory where the system has one: there flushing to the disk takes no time."""
+    memory = Path("/dev/shm")  # noqa: S108 - the folder made in it is this test's own
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+        yield Path(folder)
 
 
 def copy_of(output: JobOutput, folder: Path) -> JobOutput:

@@ -1,9 +1,8 @@
 """Drivers that come, die, stall and come back, and rows answered again: whenever an output is complete, it is whole."""
 
 import json
-import shutil
-import tempfile
 import threading
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from hypothesis import settings
@@ -19,7 +18,7 @@ from pipeline.batch.retry import RetryPlan, open_round, put_in_place, read_plan,
 from pipeline.batch.row_errors import mended_part, row_errors
 from pipeline.batch.verify import verify
 from pipeline.errors import LeaseLostError, OutputError
-from tests.batch.outputs import FINGERPRINT, answered, form_of, part
+from tests.batch.outputs import FINGERPRINT, answered, form_of, memory_folder, part
 from tests.batch.test_commit_machine import CrashError, MortalStorage
 from tests.batch.test_lease import take
 
@@ -83,8 +82,8 @@ deaths = st.none() | st.tuples(st.integers(1, 25), st.sampled_from(["before", "a
 class Drivers(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
-        self.folder = tempfile.mkdtemp()
-        self.storage = LocalStorage(f"{self.folder}/out")
+        self.ended = ExitStack()
+        self.storage = LocalStorage(str(self.ended.enter_context(memory_folder()) / "out"))
         self.drivers = []
         self.stalled = []
         self.attempts = 0
@@ -244,7 +243,7 @@ class Drivers(RuleBasedStateMachine):
                 self.driver_starts()
                 self.finish_in_a_few_tries()
         finally:
-            shutil.rmtree(self.folder)
+            self.ended.close()
 
     def finish_in_a_few_tries(self):
         """At most one more run is needed than there are mistakes that someone left behind."""
@@ -262,4 +261,4 @@ class Drivers(RuleBasedStateMachine):
 
 
 TestDrivers = Drivers.TestCase
-TestDrivers.settings = settings(max_examples=60, stateful_step_count=20, deadline=None)
+TestDrivers.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)

@@ -13,7 +13,7 @@ from pipeline.batch.retry import open_round, put_in_place, read_plan, round_outp
 from pipeline.batch.row_errors import mended_part, row_errors
 from pipeline.batch.verify import verify
 from pipeline.errors import OutputError
-from tests.batch.outputs import FINGERPRINT, answered, contents, copy_of, form_of, make_output, part
+from tests.batch.outputs import FINGERPRINT, answered, contents, copy_of, form_of, make_output, memory_folder, part
 from tests.batch.test_commit_machine import CrashError, MortalStorage
 
 FAILED = ({}, {1, 2}, {3})
@@ -99,11 +99,17 @@ def test_the_output_stays_whole_until_the_new_parts_are_there(output):
     ]
 
 
-def test_it_dies_after_each_operation_and_goes_on(tmp_path):
-    template, operation, died = make_output(LocalStorage(str(tmp_path / "0")), "jsonl"), 0, True
+@pytest.fixture
+def memory():
+    with memory_folder() as folder:
+        yield folder
+
+
+def test_it_dies_after_each_operation_and_goes_on(memory):
+    template, operation, died = make_output(LocalStorage(str(memory / "0")), "jsonl"), 0, True
     while died:
         operation += 1
-        output = copy_of(template, tmp_path / str(operation))
+        output = copy_of(template, memory / str(operation))
         try:
             retry(replace(output, storage=MortalStorage(output.storage, operation, "after")))
         except CrashError:
