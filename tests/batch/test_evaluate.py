@@ -7,7 +7,7 @@ from pipeline.batch.config import ResolvedColumns
 from pipeline.batch.evaluate import MAX_SAMPLES, NO_EXPERT, ExpertScore, score_tables, total_score
 
 SCHEMA = "CREATE TABLE t (id INT, a INT);"
-COLUMNS = ResolvedColumns("q", None, None, "ddl", None, None, "gold")
+COLUMNS = ResolvedColumns("q", None, None, "ddl", None, None, "gold", None)
 ERROR = {"code": "prompt_too_long", "message": "..."}
 
 
@@ -61,7 +61,7 @@ def test_every_expert_is_scored() -> None:
 
 def test_without_right_answers_nothing_is_judged() -> None:
     (score,) = score_tables(
-        [table(("sql", "a", "a", None))], ResolvedColumns("q", None, None, None, None, None, None), prefix="my_"
+        [table(("sql", "a", "a", None))], ResolvedColumns("q", None, None, None, None, None, None, None), prefix="my_"
     )
     assert (score.rows, score.judged, score.exact_rate, score.execution_rate) == (1, 0, None, None)
     assert ExpertScore("x").mean_tokens is None
