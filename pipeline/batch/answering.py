@@ -74,8 +74,18 @@ class EngineJob:
 class Builder(Protocol):
     """Makes the requests of one expert; `pipeline.engine.requests.RequestBuilder` is one."""
 
-    def build(self, request_id: str, *, options: Mapping[str, Any] | None = None, **fields: Any) -> Request:
-        """Check, template and tokenise one row."""
+    def build(
+        self,
+        request_id: str,
+        *,
+        prompt: Any = None,
+        messages: Any = None,
+        schema: Any = None,
+        dialect: str | None = None,
+        system: Any = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Request:
+        """Check, template and tokenise one row; raises ExpertError where it cannot be asked."""
         ...
 
 
