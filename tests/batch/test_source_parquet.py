@@ -103,6 +103,17 @@ def test_a_footer_that_claims_a_bomb_is_refused(tmp_path):
     assert "'q'" in caught.value.details[0]
 
 
+def test_a_list_of_endless_nulls_is_refused(tmp_path):
+    path = tmp_path / "x.parquet"
+    nulls = pa.ListArray.from_arrays([0, 2_000_000], pa.nulls(2_000_000, pa.int32()))
+    pq.write_table(pa.table({"q": nulls}), path)
+    assert path.stat().st_size < 2_000
+    with path.open("rb") as file, pytest.raises(DatasetError, match="would unpack"):
+        read_footer(file, "x.parquet", bomb_bytes=1_000_000)
+    with path.open("rb") as file:
+        assert read_footer(file, "x.parquet", bomb_bytes=3_000_000).metadata.num_rows == 1
+
+
 def test_columns_of_several_files_become_one_schema(tmp_path):
     pq.write_table(pa.table({"a": pa.array([1], pa.int32()), "b": [None]}), tmp_path / "1.parquet")
     pq.write_table(pa.table({"a": pa.array([2], pa.int64()), "b": ["x"], "c": [True]}), tmp_path / "2.parquet")

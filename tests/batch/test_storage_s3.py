@@ -1,6 +1,8 @@
 """Create-only objects, through the real s3fs and botocore against a small S3 server over HTTP."""
 
+import gzip
 import hashlib
+import io
 import pickle
 import threading
 import urllib.parse
@@ -9,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
 from xml.sax.saxutils import escape
 
+import pyarrow as pa
 import pytest
 
 from pipeline.batch.commit import JobOutput
@@ -223,4 +226,20 @@ def test_a_dataset_is_planned_and_read_there(server, options):
             ("a.jsonl@9", 2),
             ("b.jsonl@0", 3),
         ]
-        assert plan.shards[0].path == "s3://bucket/in/a.jsonl"
+        assert plan.shards[0].paths == ("s3://bucket/in/a.jsonl",)
+
+
+def test_compressed_lines_and_arrow_are_read_there(server, options):
+    arrow = io.BytesIO()
+    table = pa.table({"q": [1, 2, 3]})
+    with pa.ipc.new_file(arrow, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    server[0].objects["bucket/lines/year=2023/a.jsonl.gz"] = gzip.compress(b'{"q": 1}\n{"q": 2}\n')
+    server[0].objects["bucket/lines/year=2024/a.jsonl"] = b'{"q": 3}\n'
+    server[0].objects["bucket/tables/year=2024/a.arrow"] = arrow.getvalue()
+    for dataset, years in (("s3://bucket/lines", [2023, 2023, 2024]), ("s3://bucket/tables", [2024] * 3)):
+        plan = plan_shards(dataset, shard_rows=2, storage_options=options)
+        rows = [row for shard in plan.shards for row in iter_rows(shard, read_shard(shard, storage_options=options))]
+        assert [row.values for row in rows] == [
+            {"q": q, "year": year} for q, year in zip((1, 2, 3), years, strict=True)
+        ]
