@@ -6,7 +6,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -17,6 +17,7 @@ ATTEMPTS = "_attempts"
 _CLAIMS = f"{ATTEMPTS}/claims"
 _COPY_BYTES = 1 << 20
 _SWEPT_TRIES = 5
+_SWEPT = (FileNotFoundError, FileExistsError)  # the second from mkdir, when the folder goes while it looks
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -60,12 +61,19 @@ class LocalStorage:
         with self._translated(name, "written"):
             final = self._path(name)
             final.parent.mkdir(parents=True, exist_ok=True)
-            attempt = self._path(f"{ATTEMPTS}/{uuid.uuid4()}")
-            try:
-                _write(attempt, lambda file: file.write(data))
-                attempt.replace(final)
-            finally:
-                attempt.unlink(missing_ok=True)
+            for left in reversed(range(_SWEPT_TRIES)):
+                attempt = self._path(f"{ATTEMPTS}/{uuid.uuid4()}")
+                try:
+                    _write(attempt, lambda file: file.write(data))
+                    attempt.replace(final)
+                    break
+                except _SWEPT:  # someone removed the folder of attempts at the same moment
+                    if not left:
+                        raise
+                finally:
+                    attempt.unlink(missing_ok=True)
+            with suppress(OSError):  # attempts of others are in it
+                self._path(ATTEMPTS).rmdir()  # a lease is given back after the sweep
             _flush_folder(final.parent)
 
     def _create(self, name: str, write: Callable[[BinaryIO], object]) -> bool:
@@ -79,7 +87,7 @@ class LocalStorage:
                 try:
                     _write(attempt, write)
                     return self._publish(attempt, final, name)
-                except FileNotFoundError:
+                except _SWEPT:
                     # who finished the job swept the attempts away; then the file is there, or the sweeper was late
                     if final.exists():
                         return False

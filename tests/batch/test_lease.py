@@ -258,6 +258,13 @@ def test_a_storage_that_fails_for_a_while_does_not_end_the_lease(storage, caplog
     assert LeaseRecord.from_json(top_lease(storage)[1]).released
 
 
+def test_giving_it_back_leaves_nothing_of_attempts(tmp_path):
+    storage = LocalStorage(str(tmp_path))
+    with hold(storage):
+        storage.remove_tree("_attempts")
+    assert [path.name for path in tmp_path.iterdir()] == ["_lease"]
+
+
 def test_the_file_tells_people_who_it_is(tmp_path):
     storage = LocalStorage(str(tmp_path))
     with hold(storage):

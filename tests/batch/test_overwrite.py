@@ -109,3 +109,19 @@ def test_a_worker_of_the_other_job_that_comes_late_is_refused(output):
     with pytest.raises(FingerprintError, match="belongs to another job"):
         output.commit(0, part(0, "jsonl"))
     assert other.committed() == {}
+
+
+def test_what_the_other_job_commits_at_the_last_moment_is_removed_too(output):
+    """It looked at `_job.json` before that was removed, and wrote its part after the others were."""
+
+    class Late:
+        def remove(self, names):
+            output.storage.remove(names)
+            if "_job.json" in names:
+                output.storage.create("part-00001.jsonl", part(1, "jsonl"))
+
+        def __getattr__(self, name):
+            return getattr(output.storage, name)
+
+    assert overwrite(replace(output, fingerprint=OTHER, storage=Late()), nothing)
+    assert output.storage.list() == {}
