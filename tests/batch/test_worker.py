@@ -183,7 +183,10 @@ def answer(
 
 
 def test_each_row_is_answered_by_the_expert_that_it_names(tmp_path: Path) -> None:
-    columns = {"prompt": ["d", "b", "c", "a", "e"], "expert": ["sql", "cypher", "sql", "nobody", None]}
+    columns: dict[str, Sequence[Any]] = {
+        "prompt": ["d", "b", "c", "a", "e"],
+        "expert": ["sql", "cypher", "sql", "nobody", None],
+    }
     rows, engine = answer(columns, ("sql", "cypher"), tmp_path)
     assert [row["our_text"] for row in rows] == ["sql:D", "cypher:B", "sql:C", None, None]
     assert [row["our_expert"] for row in rows] == ["expert-sql@1", "expert-cypher@1", "expert-sql@1", None, None]
