@@ -5,6 +5,7 @@ _job.json            the job's fingerprint, created before the first part
 _commits/00000.json  the receipt of part 0: what it holds
 _attempts/           unfinished attempts of a local disk
 _input/              rows that came from memory, when they did
+results.jsonl        of an OpenAI batch: the answers of all parts, in order; errors.jsonl: what was not answered
 _manifest.json       all receipts, when every shard is committed
 _SUCCESS             the manifest's SHA-256; the last file to appear
 """
@@ -19,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
+from pipeline.batch.openai_lines import write_views
 from pipeline.batch.parts import PartKind, count_part
 from pipeline.batch.storage import Storage
 from pipeline.errors import FingerprintError, OutputError
@@ -92,7 +94,7 @@ class Receipt:
 
 def part_name(shard_index: int, kind: PartKind) -> str:
     """The name of a shard's part, e.g. `part-00000.parquet`."""
-    return f"part-{shard_index:05d}.{kind}"
+    return f"part-{shard_index:05d}.{'jsonl' if kind == 'openai' else kind}"
 
 
 def receipt_name(shard_index: int) -> str:
@@ -200,7 +202,9 @@ class JobOutput:
         return True
 
     def finish(self) -> dict[str, Any]:
-        """Write the manifest and `_SUCCESS`, and remove what attempts left behind. May be called again.
+        """Write the views (of an OpenAI batch), the manifest and `_SUCCESS`, and remove what attempts left behind.
+
+        May be called again.
 
         Returns:
             The manifest: the fingerprint, the counts of all parts together, and every receipt.
@@ -216,7 +220,10 @@ class JobOutput:
                 details=[f"shard {shard}" for shard in missing[:_MAX_NAMED]],
                 hint="Run the same command again; it answers what is missing.",
             )
-        manifest = self._manifest([receipts[shard] for shard in range(self.num_shards)])
+        ordered = [receipts[shard] for shard in range(self.num_shards)]
+        if self.kind == "openai":
+            write_views(self.storage, ordered)
+        manifest = self._manifest(ordered)
         data = _json(manifest)
         if not self.storage.create(MANIFEST, data) and self.storage.read(MANIFEST) != data:
             raise OutputError(

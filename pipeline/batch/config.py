@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from pipeline.batch.sampling_config import SamplingColumnsConfig, SamplingConfig
 from pipeline.config_fields import STRICT, DtypeName, PathText, RayQuantity, Text, path_text, section
@@ -46,6 +47,13 @@ class ColumnsConfig(BaseModel):
     )
 
 
+_OPENAI_TAKES: Mapping[str, tuple[Any, ...]] = {
+    "output_format": (None, "openai"),
+    "output_prefix": ("",),
+    "columns": (ColumnsConfig(),),
+}
+
+
 class BatchConfig(BaseModel):
     """A batch job: which rows, which expert, where to, and how.
 
@@ -59,8 +67,9 @@ class BatchConfig(BaseModel):
         description="Path, glob pattern or URL of the input files, or a list of them.",
         json_schema_extra={"expected": "a path, glob pattern or URL, or a list of them"},
     )
-    format: Literal["parquet", "jsonl", "csv"] | None = Field(
-        None, description="Format of the input files; left out, their file names tell."
+    format: Literal["parquet", "jsonl", "csv", "openai"] | None = Field(
+        None,
+        description="Format of the input files; left out, their file names tell. openai: batch files of OpenAI's API.",
     )
     expert: PathText = Field(
         description="Path or URL of the expert package.", json_schema_extra={"expected": "a path or URL of a package"}
@@ -75,8 +84,12 @@ class BatchConfig(BaseModel):
     output: PathText = Field(
         description="Folder or URL that receives the answers.", json_schema_extra={"expected": "a folder or URL"}
     )
-    output_format: Literal["parquet", "jsonl"] | None = Field(
+    output_format: Literal["parquet", "jsonl", "openai"] | None = Field(
         None, description="Format of the answers; left out, that of the input (Parquet for CSV)."
+    )
+    openai_models: Literal["named", "any"] = Field(
+        "named",
+        description="Which `model` the lines of an OpenAI batch file may name: the expert, or any, which it answers.",
     )
     output_prefix: str = Field(
         "",
@@ -144,6 +157,20 @@ class BatchConfig(BaseModel):
         5.0, gt=0, allow_inf_nan=False, description="Seconds between two progress lines in a log."
     )
 
+    @field_validator("output_format", "output_prefix", "columns")
+    @classmethod
+    def _fits_batch_files(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.data.get("format") == "openai" and value not in _OPENAI_TAKES[str(info.field_name)]:
+            raise PydanticCustomError("format", "not for format openai, whose lines have a form of their own")
+        return value
+
+    @field_validator("output_format", "openai_models")
+    @classmethod
+    def _needs_batch_files(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.data.get("format", "openai") != "openai" and value in ("openai", "any"):
+            raise PydanticCustomError("format", "only for format openai")
+        return value
+
     @classmethod
     def from_options(cls, **options: Any) -> Self:
         """Make a configuration from keyword arguments.
@@ -167,16 +194,24 @@ class BatchConfig(BaseModel):
 
 @dataclass(frozen=True)
 class ResolvedColumns:
-    """The dataset's column for each role; None where it has none. At least one of prompt and messages is there."""
+    """The dataset's column for each role; None where it has none.
 
-    prompt: str | None
-    messages: str | None
-    id: str | None
-    schema: str | None
-    system: str | None
-    dialect: str | None
-    expected: str | None
+    At least one of prompt and messages is there, but for the lines of OpenAI batch files, which have no columns.
+    """
+
+    prompt: str | None = None
+    messages: str | None = None
+    id: str | None = None
+    schema: str | None = None
+    system: str | None = None
+    dialect: str | None = None
+    expected: str | None = None
     sampling: Mapping[str, str] = field(default_factory=dict)
+
+
+_BATCH_FILE_KEYS = {"custom_id", "url", "body"}
+_BATCH_FILE_HINT = "these look like lines of an OpenAI batch file: set format: openai"
+_PROMPT_HINT = "say which column holds the prompts: columns.prompt or columns.messages"
 
 
 def resolve_columns(columns: ColumnsConfig, available: Sequence[str]) -> ResolvedColumns:
@@ -210,7 +245,7 @@ def resolve_columns(columns: ColumnsConfig, available: Sequence[str]) -> Resolve
         raise DatasetError(
             "the dataset has neither a column `prompt` nor a column `messages`",
             details=[f"its columns are: {_listed(available)}"],
-            hint="say which column holds the prompts: columns.prompt or columns.messages",
+            hint=_BATCH_FILE_HINT if set(available) >= _BATCH_FILE_KEYS else _PROMPT_HINT,
         )
     return ResolvedColumns(**found, sampling=options)
 

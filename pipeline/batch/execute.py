@@ -168,6 +168,7 @@ def _worker_job(job: PreparedJob, workers: Workers) -> WorkerJob:
         seed=config.seed,
         output=job.output,
         part_format=job.part_format,
+        openai=job.openai,
     )
 
 

@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,10 @@ class LocalStorage:
 
     def create(self, name: str, data: bytes) -> bool:
         """Create a file with all its content, unless there is one of that name; see `Storage.create`."""
+        return self.create_from(name, (data,))
+
+    def create_from(self, name: str, chunks: Iterable[bytes]) -> bool:
+        """The same, of content that comes in pieces; see `Storage.create_from`."""
         final = self._path(name)
         with self._translated(name, "written"):
             if final.exists():
@@ -48,7 +52,7 @@ class LocalStorage:
             final.parent.mkdir(parents=True, exist_ok=True)
             attempt = self._path(f"{ATTEMPTS}/{uuid.uuid4()}")
             try:
-                _write(attempt, data)
+                _write(attempt, chunks)
                 return self._publish(attempt, final, name)
             except FileNotFoundError:
                 # who finished the job swept the attempts away; then the file is there
@@ -154,10 +158,10 @@ class LocalStorage:
             raise OutputError(f"{self.url(name)} cannot be {what}: {reason}", hint=hint) from error
 
 
-def _write(attempt: Path, data: bytes) -> None:
+def _write(attempt: Path, chunks: Iterable[bytes]) -> None:
     attempt.parent.mkdir(parents=True, exist_ok=True)
     with attempt.open("xb") as file:
-        file.write(data)
+        file.writelines(chunks)
         file.flush()
         os.fsync(file.fileno())
 

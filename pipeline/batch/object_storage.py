@@ -1,7 +1,8 @@
 """Create-only objects in S3 and Google Cloud Storage, through fsspec."""
 
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -34,10 +35,20 @@ class ObjectStorage:
         A store may answer a lost race in several ways (412, 409, or after a retry of its own): what counts is whether
         the name is taken afterwards.
         """
+        return self._create(name, lambda path: self.filesystem.pipe_file(path, data, mode="create"))
+
+    def create_from(self, name: str, chunks: Iterable[bytes]) -> bool:
+        """The same, of content that comes in pieces; see `Storage.create_from`. A temporary file gathers them here."""
+        with self._translated(name, "written"), tempfile.NamedTemporaryFile(prefix="expert-upload-") as file:
+            file.writelines(chunks)
+            file.flush()
+            return self._create(name, lambda path: self.filesystem.put_file(file.name, path, mode="create"))
+
+    def _create(self, name: str, write: Callable[[str], object]) -> bool:
         with self._translated(name, "written"):
             for pause in (*_RETRY_SECONDS, None):
                 try:
-                    self.filesystem.pipe_file(self._path(name), data, mode="create")
+                    write(self._path(name))
                 except FileExistsError:
                     return False
                 except PermissionError:

@@ -12,6 +12,7 @@ from pipeline.batch.commit import JobOutput
 from pipeline.batch.config import BatchConfig, ResolvedColumns, resolve_columns
 from pipeline.batch.files import is_hidden
 from pipeline.batch.filesystems import protocol_of
+from pipeline.batch.openai_answers import OpenAIRules
 from pipeline.batch.parts import PartFormat, plan_part_format
 from pipeline.batch.shards import ShardPlan
 from pipeline.batch.source import plan_shards
@@ -47,6 +48,7 @@ class PreparedJob:
             that a worker which cannot apply it fails.
         part_format: How parts are written.
         output: Where they are committed.
+        openai: How lines of OpenAI batch files are answered; None where the rows are others.
     """
 
     config: BatchConfig
@@ -57,6 +59,7 @@ class PreparedJob:
     options: Mapping[str, Any]
     part_format: PartFormat
     output: JobOutput
+    openai: OpenAIRules | None = None
 
 
 def prepare(config: BatchConfig, expert: OpenExpert) -> PreparedJob:
@@ -67,23 +70,32 @@ def prepare(config: BatchConfig, expert: OpenExpert) -> PreparedJob:
         OutputError: The output is at a place that cannot hold one.
     """
     package, base_path = expert.package, expert.base_path
+    is_openai = config.format == "openai"
     plan = plan_shards(
-        config.dataset, format=config.format, shard_rows=config.shard_rows, storage_options=config.storage_options
+        config.dataset,
+        format="jsonl" if is_openai else config.format,  # lines like any others; what they say is read by the worker
+        shard_rows=config.shard_rows,
+        storage_options=config.storage_options,
     )
     refuse_nested(config, plan)
-    columns = resolve_columns(config.columns, plan.columns)
+    columns = ResolvedColumns() if is_openai else resolve_columns(config.columns, plan.columns)
     options = sampling_options(config)
     if not any(name in options for name in GRAMMAR_KINDS):
         options["use_grammar"] = expert.grammar is not None
     fingerprint = job_fingerprint(config, package, base_path, plan, columns, options)
-    part_format = plan_part_format(
-        plan,
-        kind=config.output_format,
-        output_prefix=config.output_prefix,
-        expert=package.label,
-        expert_sha256=package.digest,
-        metadata={"expert_pipeline.fingerprint": digest_of(fingerprint)},
-    )
+    openai: OpenAIRules | None = None
+    if is_openai:
+        part_format = PartFormat(kind="openai", inputs=plan.schema, is_loose=True)
+        openai = openai_rules(config, package, digest_of(fingerprint))
+    else:
+        part_format = plan_part_format(
+            plan,
+            kind=config.output_format,
+            output_prefix=config.output_prefix,
+            expert=package.label,
+            expert_sha256=package.digest,
+            metadata={"expert_pipeline.fingerprint": digest_of(fingerprint)},
+        )
     output = JobOutput(
         storage=open_storage(config.output, config.storage_options),
         fingerprint=fingerprint,
@@ -91,7 +103,24 @@ def prepare(config: BatchConfig, expert: OpenExpert) -> PreparedJob:
         num_shards=len(plan.shards),
         prefix=config.output_prefix,
     )
-    return PreparedJob(config, package, base_path.resolve(), plan, columns, options, part_format, output)
+    return PreparedJob(config, package, base_path.resolve(), plan, columns, options, part_format, output, openai)
+
+
+def openai_rules(config: BatchConfig, package: ExpertPackage, fingerprint: str) -> OpenAIRules:
+    """How the lines of an OpenAI batch file are answered by the job's one expert.
+
+    Args:
+        config: The job.
+        package: Its expert; a line's `model` says its name, or its name and version.
+        fingerprint: The digest of the job's.
+    """
+    name = package.manifest.name
+    return OpenAIRules(
+        models={name: name, package.label: name},
+        otherwise=name if config.openai_models == "any" else None,
+        digests={name: package.digest},
+        fingerprint=fingerprint,
+    )
 
 
 def open_expert(config: BatchConfig) -> OpenExpert:
@@ -146,7 +175,9 @@ def job_fingerprint(
     Returns:
         Field to value; the output folder keeps it, and refuses a job with another.
     """
+    own = {"openai_models": config.openai_models} if config.format == "openai" else {}
     return {
+        **own,
         "fingerprint_version": FINGERPRINT_VERSION,
         "expert": package.label,
         "expert_sha256": package.digest,

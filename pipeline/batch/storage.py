@@ -1,7 +1,7 @@
 """Files that are created once and whole: the only way anything reaches an output folder."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from pipeline.batch.filesystems import open_filesystem, protocol_of
@@ -23,6 +23,13 @@ class Storage(Protocol):
 
         Raises:
             OutputError: It cannot be written, e.g. for lack of space; no file of that name came to be.
+        """
+        ...
+
+    def create_from(self, name: str, chunks: Iterable[bytes]) -> bool:
+        """As `create`, for content that comes in pieces and need not fit in memory.
+
+        When getting a piece fails, no file of that name comes to be.
         """
         ...
 

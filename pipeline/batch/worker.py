@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import pyarrow as pa
 
 from pipeline.batch.commit import JobOutput, Receipt
 from pipeline.batch.config import ResolvedColumns
+from pipeline.batch.openai_answers import LineAnswers, OpenAIRules
 from pipeline.batch.parts import AnsweredRow, PartFormat, encode_part
 from pipeline.batch.rows import Row, iter_rows
 from pipeline.batch.shards import Shard
@@ -45,6 +47,7 @@ class WorkerJob:
     seed: int
     output: JobOutput
     part_format: PartFormat
+    openai: OpenAIRules | None = None
 
 
 class ShardWorker:
@@ -60,6 +63,7 @@ class ShardWorker:
         self._failure: ExpertError | None = None
         try:
             self._expert = _load(job)
+            self._lines = None if job.openai is None else _line_answers(job, job.openai, self._expert)
         except ExpertError as error:
             self._failure = error
 
@@ -87,6 +91,8 @@ class ShardWorker:
     def _answer(self, shard: Shard, table: pa.Table) -> Receipt:
         form = self._job.part_format
         rows = list(iter_rows(shard, table))
+        if self._lines is not None:
+            return self._job.output.commit(shard.index, self._lines.answer(rows))
         answers: dict[str, Completion] = {}
         requests: list[Request] = []
         for position, row in enumerate(rows):
@@ -143,6 +149,11 @@ def _load(job: WorkerJob) -> "LoadedExpert":
         kv_cache_bytes=job.kv_cache_bytes,
         options=job.options,
     )
+
+
+def _line_answers(job: WorkerJob, rules: OpenAIRules, expert: "LoadedExpert") -> LineAnswers:
+    builders = dict.fromkeys(rules.digests, expert.requests)  # one name: a job has one expert
+    return LineAnswers(rules, expert.engine, builders, partial(row_seed, job.seed))
 
 
 def row_seed(job_seed: int, identity: str) -> int:

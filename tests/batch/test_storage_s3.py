@@ -164,6 +164,14 @@ def test_the_first_writer_wins(storage):
     assert storage.list() == {}
 
 
+def test_content_may_come_in_pieces(storage):
+    assert storage.create_from("a", (bytes([number]) * 3 for number in range(3)))
+    assert not storage.create_from("a", [b"other"])
+    assert storage.read("a") == b"\0\0\0\1\1\1\2\2\2"
+    assert storage.create_from("empty", [])
+    assert storage.list() == {"a": 9, "empty": 0}
+
+
 def test_what_others_write_is_seen_at_once(storage, options):
     assert storage.list() == {}
     assert not storage.exists("x")
