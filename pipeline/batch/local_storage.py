@@ -5,15 +5,17 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from pipeline.errors import OutputError
 
 ATTEMPTS = "_attempts"
 _CLAIMS = f"{ATTEMPTS}/claims"
+_COPY_BYTES = 1 << 20
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -41,10 +43,18 @@ class LocalStorage:
 
     def create(self, name: str, data: bytes) -> bool:
         """Create a file with all its content, unless there is one of that name; see `Storage.create`."""
-        return self.create_from(name, (data,))
+        return self._create(name, lambda attempt: attempt.write(data))
 
-    def create_from(self, name: str, chunks: Iterable[bytes]) -> bool:
-        """The same, of content that comes in pieces; see `Storage.create_from`."""
+    def create_from_file(self, name: str, path: str) -> bool:
+        """Create a file with the content of another, unless there is one of that name; see `Storage`."""
+
+        def copy(attempt: BinaryIO) -> None:
+            with Path(path).open("rb") as source:
+                shutil.copyfileobj(source, attempt, _COPY_BYTES)
+
+        return self._create(name, copy)
+
+    def _create(self, name: str, write: Callable[[BinaryIO], object]) -> bool:
         final = self._path(name)
         with self._translated(name, "written"):
             if final.exists():
@@ -52,7 +62,7 @@ class LocalStorage:
             final.parent.mkdir(parents=True, exist_ok=True)
             attempt = self._path(f"{ATTEMPTS}/{uuid.uuid4()}")
             try:
-                _write(attempt, chunks)
+                _write(attempt, write)
                 return self._publish(attempt, final, name)
             except FileNotFoundError:
                 # who finished the job swept the attempts away; then the file is there
@@ -158,10 +168,10 @@ class LocalStorage:
             raise OutputError(f"{self.url(name)} cannot be {what}: {reason}", hint=hint) from error
 
 
-def _write(attempt: Path, chunks: Iterable[bytes]) -> None:
+def _write(attempt: Path, write: Callable[[BinaryIO], object]) -> None:
     attempt.parent.mkdir(parents=True, exist_ok=True)
     with attempt.open("xb") as file:
-        file.writelines(chunks)
+        write(file)
         file.flush()
         os.fsync(file.fileno())
 

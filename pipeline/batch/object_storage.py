@@ -1,8 +1,7 @@
 """Create-only objects in S3 and Google Cloud Storage, through fsspec."""
 
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -37,12 +36,9 @@ class ObjectStorage:
         """
         return self._create(name, lambda path: self.filesystem.pipe_file(path, data, mode="create"))
 
-    def create_from(self, name: str, chunks: Iterable[bytes]) -> bool:
-        """The same, of content that comes in pieces; see `Storage.create_from`. A temporary file gathers them here."""
-        with self._translated(name, "written"), tempfile.NamedTemporaryFile(prefix="expert-upload-") as file:
-            file.writelines(chunks)
-            file.flush()
-            return self._create(name, lambda path: self.filesystem.put_file(file.name, path, mode="create"))
+    def create_from_file(self, name: str, path: str) -> bool:
+        """Create an object with the content of a local file, unless there is one of that name; see `Storage`."""
+        return self._create(name, lambda to: self.filesystem.put_file(path, to, mode="create"))
 
     def _create(self, name: str, write: Callable[[str], object]) -> bool:
         with self._translated(name, "written"):

@@ -2,13 +2,14 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from pipeline.batch.openai_lines import LineIds, error_line, read_custom_id, read_request, result_line
 from pipeline.batch.rows import Row
 from pipeline.engine.requests import RequestBuilder
 from pipeline.engine.token_bytes import TokenBytes
-from pipeline.engine.types import MAX_ANSWERS, Completion, Engine, Request
+from pipeline.engine.types import MAX_ANSWERS, Completion, Engine, Failure, Request
 from pipeline.errors import ExpertError, InvalidRequestError, OutputError
 from pipeline.openai_api.events import Ended
 from pipeline.openai_api.http_errors import HttpError, coded_error
@@ -60,7 +61,7 @@ class OpenAIRules:
 
 
 class LineAnswers:
-    """Answers whole shards of lines.
+    """Answers lines.
 
     Args:
         rules: Of the job.
@@ -82,11 +83,11 @@ class LineAnswers:
         self._seed_of = seed_of
         self._token_bytes = {name: TokenBytes(builder.tokenizer) for name, builder in builders.items()}
 
-    def answer(self, rows: Sequence[Row]) -> bytes:
-        """The part of a shard: a line for every row, in order; the same rows give the same bytes.
+    def answer(self, rows: Sequence[Row]) -> list[bytes]:
+        """The line of each row, in order: a part is all lines of a shard. The same rows give the same bytes.
 
         Args:
-            rows: All rows of the shard, each from a line of a batch file.
+            rows: Rows of a shard, each from a line of a batch file.
 
         Raises:
             InferenceError: The engine has died; nothing of the shard is lost but time.
@@ -97,7 +98,20 @@ class LineAnswers:
         completions: dict[str, list[Completion]] = defaultdict(list)
         for completion in self._engine.generate(requests):
             completions[completion.request_id].append(completion)
-        return b"".join(self._line(one, completions) for one in asked)
+        return [self._line(one, completions) for one in asked]
+
+    def fail(self, row: Row, failure: Failure) -> bytes:
+        """The line of a row that is given up.
+
+        Args:
+            row: From a line of a batch file.
+            failure: Why.
+        """
+        custom_id: str | None = None
+        with suppress(InvalidRequestError):
+            custom_id = read_custom_id(row)
+        ids = LineIds.of(self._rules.fingerprint, row.identity)
+        return error_line(ids, custom_id, _told(failure.code, failure.message))
 
     def _ask(self, request_id: str, row: Row) -> "_Asked | _Refused":
         ids = LineIds.of(self._rules.fingerprint, row.identity)

@@ -11,12 +11,14 @@ Source: the request input and request output objects of OpenAI's Batch API.
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from pipeline.batch.filesystems import translated
 from pipeline.batch.rows import Row
 from pipeline.errors import InvalidRequestError, OutputError, UnknownRouteError
 from pipeline.openai_api.http_errors import HttpError
@@ -35,6 +37,7 @@ PART_SCHEMA = pa.schema(
 """A part as a table; `body` is JSON."""
 
 _METHOD = "POST"
+_SPACE_HINT = "See that the folder for temporary files (TMPDIR) has room, and run the same command again."
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,8 @@ def line_counts(line: bytes) -> tuple[dict[str, str] | None, int, int]:
     """
     response = json.loads(line)["response"]
     if response["status_code"] != ANSWERED:
-        return {"code": response["body"]["error"]["code"]}, 0, 0
+        error = response["body"]["error"]
+        return {"code": error["code"], "message": error["message"]}, 0, 0
     usage = response["body"]["usage"]
     return None, usage["prompt_tokens"], usage["completion_tokens"]
 
@@ -161,13 +165,21 @@ def write_views(storage: "Storage", receipts: Iterable["Receipt"]) -> None:
         storage: The output folder.
         receipts: Of all parts, in order. A part that is of one sort only is copied as it is, or passed over.
 
+    A temporary file gathers each: it may be larger than memory, and has to appear whole.
+
     Raises:
         OutputError: A part cannot be read, or a file cannot be written.
     """
     parts = list(receipts)
     for name, wants_errors in ((RESULTS, False), (ERRORS, True)):
         if not storage.exists(name):
-            storage.create_from(name, _view(storage, parts, wants_errors=wants_errors))
+            with (
+                translated(f"{name} cannot be gathered", OutputError, hint=_SPACE_HINT),
+                tempfile.NamedTemporaryFile(prefix="expert-view-") as file,
+            ):
+                file.writelines(_view(storage, parts, wants_errors=wants_errors))
+                file.flush()
+                storage.create_from_file(name, file.name)
 
 
 def _view(storage: "Storage", receipts: Iterable["Receipt"], *, wants_errors: bool) -> Iterator[bytes]:

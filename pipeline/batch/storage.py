@@ -1,7 +1,7 @@
 """Files that are created once and whole: the only way anything reaches an output folder."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from pipeline.batch.filesystems import open_filesystem, protocol_of
@@ -26,10 +26,12 @@ class Storage(Protocol):
         """
         ...
 
-    def create_from(self, name: str, chunks: Iterable[bytes]) -> bool:
-        """As `create`, for content that comes in pieces and need not fit in memory.
+    def create_from_file(self, name: str, path: str) -> bool:
+        """Create a file as `create` does, with the content of a local file, which need not fit into memory.
 
-        When getting a piece fails, no file of that name comes to be.
+        Args:
+            name: The file to create.
+            path: The local file.
         """
         ...
 

@@ -92,7 +92,7 @@ class ShardWorker:
         form = self._job.part_format
         rows = list(iter_rows(shard, table))
         if self._lines is not None:
-            return self._job.output.commit(shard.index, self._lines.answer(rows))
+            return self._job.output.commit(shard.index, b"".join(self._lines.answer(rows)))
         answers: dict[str, Completion] = {}
         requests: list[Request] = []
         for position, row in enumerate(rows):

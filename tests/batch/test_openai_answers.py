@@ -75,8 +75,8 @@ def row(number: int, url: str, body: Any, custom_id: Any = ...) -> Row:
     return Row(f"in.jsonl@{number}", values, None)
 
 
-def parsed(part: bytes) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in part.splitlines()]
+def parsed(lines: Iterable[bytes]) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in lines]
 
 
 def in_batch(bench: Bench, asked: Iterable[tuple[str, Body]], seed: int = 0) -> list[dict[str, Any]]:
@@ -223,7 +223,7 @@ def test_every_line_has_its_answer_in_its_place_whatever_is_around_it(bench: Ben
     assert lines[1]["response"]["body"]["error"]["message"] == "Line at byte 9 of in.jsonl: not JSON."
     assert lines[0]["response"]["body"]["choices"] == lines[5]["response"]["body"]["choices"]
     assert bench.lines().answer(rows) == bench.lines().answer(rows), "the same rows give the same bytes"
-    assert bench.lines().answer([]) == b""
+    assert bench.lines().answer([]) == []
 
 
 def test_any_model_is_answered_where_the_job_says_so(bench: Bench) -> None:
@@ -253,6 +253,16 @@ def test_a_line_of_which_one_answer_fails_is_an_error_with_its_reason(bench: Ben
     (line,) = parsed(bench.lines(engine).answer([row(0, *chat(n=2))]))
     assert line["response"]["status_code"] == 500
     assert line["response"]["body"]["error"]["message"] == "The number of row 7 is not finite."
+
+
+def test_a_line_that_is_given_up_is_an_error_under_its_name(bench: Bench) -> None:
+    lines, failure = bench.lines(), Failure("row_kills_worker", "each process that answered this row ended")
+    asked = [row(0, *chat()), row(1, *chat(), custom_id=None)]
+    given_up = parsed(lines.fail(one, failure) for one in asked)
+    assert [line["custom_id"] for line in given_up] == ["request-0", None]
+    assert [line["id"] for line in given_up] == [line["id"] for line in parsed(lines.answer(asked))]
+    assert {line["response"]["status_code"] for line in given_up} == {500}
+    assert {line["response"]["body"]["error"]["code"] for line in given_up} == {"row_kills_worker"}
 
 
 def test_an_answer_that_is_lost_fails_the_shard(bench: Bench) -> None:

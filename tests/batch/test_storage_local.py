@@ -38,24 +38,11 @@ def test_the_first_writer_wins(storage):
     assert not storage.exists("a/b.txt")
 
 
-def test_content_may_come_in_pieces(storage):
-    assert storage.create_from("a", (bytes([number]) * 3 for number in range(3)))
-    assert storage.read("a") == b"\0\0\0\1\1\1\2\2\2"
-    assert not storage.create_from("a", [b"other"])
-    assert storage.create_from("empty", [])
-    assert (len(storage.read("a")), storage.read("empty")) == (9, b"")
-
-
-def test_pieces_that_stop_coming_leave_nothing(tmp_path):
-    storage = LocalStorage(str(tmp_path))
-    with pytest.raises(OutputError, match="the source is gone"):
-        storage.create_from("a", pieces_that_stop())
-    assert storage.list() == {}
-
-
-def pieces_that_stop():
-    yield b"first"
-    raise OutputError("the source is gone", hint="")
+def test_content_may_come_from_a_file(storage, tmp_path):
+    (tmp_path / "source").write_bytes(b"a" * 3_000_000)
+    assert storage.create_from_file("a", str(tmp_path / "source"))
+    assert storage.read("a") == b"a" * 3_000_000
+    assert not storage.create_from_file("a", str(tmp_path / "source"))
 
 
 def test_nothing_of_an_attempt_stays(tmp_path):
