@@ -18,6 +18,8 @@ KILL, RAISE, HANG = "kill", "raise", "hang"
 class ScriptedBuilder:
     """Makes requests whose tokens are the prompt's bytes; a prompt that is no text is that row's error."""
 
+    tokenizer: Any = None
+
     def __init__(self, expert: str | None = None) -> None:
         self._expert = expert
 

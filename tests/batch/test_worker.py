@@ -19,6 +19,7 @@ from pipeline.batch.config import ColumnsConfig, resolve_columns
 from pipeline.batch.local_storage import LocalStorage
 from pipeline.batch.parts import plan_part_format
 from pipeline.batch.receipts import Receipt
+from pipeline.batch.row_answers import RowAnswers
 from pipeline.batch.rows import Row
 from pipeline.batch.shards import ShardPlan
 from pipeline.batch.source import plan_shards
@@ -208,9 +209,10 @@ def test_there_is_progress_only_while_rows_are_answered(tmp_path: Path) -> None:
             seen.append(answering.progress())
 
     job = make_job(tmp_path, {"prompt": ["a"]}, load=load_scripted)
-    answering = Answering(job.told.engine, LoadedEngine(Watched(), {None: ScriptedBuilder()}), job.told.part_format)
+    form = RowAnswers(job.told.engine, {None: ScriptedBuilder()}, job.told.part_format)
+    answering = Answering(Watched(), form)
     rows = [Row(f"x#{number}", {"prompt": prompt}, None) for number, prompt in enumerate(["a", 5])]
-    completions = answering.answer(rows)
+    completions = [answered.completion for answered in answering.answer(rows)]
     assert [one.finish_reason for one in completions if one is not None] == ["stop", "error"]
     assert seen[0] is not None
     assert answering.progress() is None
