@@ -34,7 +34,7 @@ def run(output) -> None:
 def test_another_job_takes_the_folder(output, tmp_path):
     output.storage.create("_input/rows-old.jsonl", b"old")
     output.storage.create("_input/rows-new.jsonl", b"new")
-    output.storage.create("report.html", b"old")
+    output.storage.create("_report/report.html", b"old")
     other = replace(output, fingerprint=OTHER)
     with pytest.raises(FingerprintError, match="or replace it: --overwrite"):
         other.begin()

@@ -101,7 +101,7 @@ def test_strange_files_are_named(output):
         output.storage.create(name, b"x")
         assert any(line.startswith(f"{name}  ") for line in problems(output)), name
         path_of(output, name).unlink()
-    for name in ("_lease/000001.json", "_attempts/left", "_input/rows.jsonl", "report.html"):
+    for name in ("_lease/000001.json", "_attempts/left", "_input/rows.jsonl", "_report/report.html"):
         output.storage.create(name, b"x")
     assert verify(output.storage).ok
 

@@ -75,6 +75,7 @@ def make_job(
     resolved = resolve_columns(ColumnsConfig(), plan.columns)
     engine = EngineJob(tuple(expert(name) for name in names), "base", resolved)
     output = JobOutput(LocalStorage(str(folder / "out")), {}, "parquet", len(plan.shards), prefix)
+    output.begin()
     return Job(plan, WorkerJob(engine, output, form, progress_timeout=0.5, is_resumed=True, load=load))
 
 
@@ -140,7 +141,7 @@ def test_a_first_run_leaves_no_notes(tmp_path: Path) -> None:
     job = make_job(tmp_path, {"prompt": ["a", "b"]}, load=load_scripted)
     _live(replace(job.told, is_resumed=False), job.blocks())
     assert [row["text"] for row in job.rows(0)] == [":A", ":B"]
-    assert job.told.output.storage.list("_attempts") == {}
+    assert job.told.output.storage.list("_attempts/shards") == {}
 
 
 def test_shards_meet_in_the_engine(tmp_path: Path) -> None:
