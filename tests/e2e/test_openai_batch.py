@@ -164,10 +164,13 @@ def test_the_answers_are_a_table_too(answered: BatchResult, requests: Path) -> N
 def test_a_resumed_job_leaves_the_bytes_of_an_undisturbed_one(
     answered: BatchResult, requests: Path, tmp_path: Path
 ) -> None:
-    """A driver that died before the end: two parts, a receipt and everything after them are not there yet."""
+    """A driver that died before the end: two parts, a receipt and everything after them are not there yet.
+
+    The part with logprobs is: the last digits of scores depend on what else is in the batch.
+    """
     folder = tmp_path / "out"
     shutil.copytree(answered.output, folder)
-    lost = ("part-00001.jsonl", "_commits/00001.json", "part-00003.jsonl", "_commits/00003.json", "_commits/00000.json")
+    lost = ("part-00001.jsonl", "_commits/00001.json", "part-00002.jsonl", "_commits/00002.json", "_commits/00000.json")
     for name in (*lost, "results.jsonl", "errors.jsonl", "_manifest.json", "_SUCCESS"):
         (folder / name).unlink()
     options: dict[str, Any] = {"base_model": demo.BASE_MODEL, "shard_rows": 12, "format": "openai", "progress": False}
