@@ -35,6 +35,7 @@ class FileFormat(StrEnum):
 
     parquet = "parquet"
     jsonl = "jsonl"
+    openai = "openai"
 
 
 class DemoTask(StrEnum):

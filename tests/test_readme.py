@@ -79,5 +79,5 @@ def test_its_commands_exist() -> None:
     makefile = (PROJECT / "Makefile").read_text()
     for target in set(re.findall(r"\bmake (\w+)", CONSOLE)):
         assert f"\n{target}:" in makefile
-    for path in set(re.findall(r"\b(?:configs|jobs)/[\w.]+", README)):
+    for path in set(re.findall(r"\b(?:configs|jobs)/[\w.-]*\w", README)):
         assert (PROJECT / path).exists()

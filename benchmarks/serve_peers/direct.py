@@ -17,10 +17,10 @@ from typing import Any
 
 from benchmarks.serve_client import CUT_OFF, Outcome
 from benchmarks.serve_load import closed_loop, summary
+from pipeline.openai_api.protocol import read_call
 from pipeline.serve.config import ServeConfig
 from pipeline.serve.limits import LimitsConfig
 from pipeline.serve.messages import Ask, Delta, Ended, Refused
-from pipeline.serve.protocol import read_call
 from pipeline.serve.run import APPLICATION, run_service
 
 MARK = "measured: "

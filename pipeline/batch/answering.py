@@ -1,27 +1,27 @@
-"""From the rows of a shard to requests and back: which expert, which fields, which options, which seed."""
+"""Loading the engine of a worker, and answering rows with it, whatever they ask and whatever answers look like."""
 
-import json
 import os
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+import pyarrow as pa
 
 from pipeline.batch.config import ResolvedColumns
-from pipeline.batch.parts import PartFormat
 from pipeline.batch.rows import Row
-from pipeline.batch.template import PromptTemplate
+from pipeline.batch.shard_stats import ShardStats
 from pipeline.engine.types import Completion, Engine, Failure, Request
-from pipeline.errors import ExpertError, IntegrityError, InvalidRequestError, UnknownModelError
+from pipeline.errors import IntegrityError
 from pipeline.package import open_package
 
 if TYPE_CHECKING:
     from pipeline.engine.runtime import EngineName
     from pipeline.package import ExpertPackage
 
-FIELDS = ("prompt", "messages", "schema", "system", "dialect")
 UNNAMED = ""  # how the engine calls the expert of rows that name none, beside others; no name that rows give is empty
 
 
@@ -75,6 +75,11 @@ class EngineJob:
 
 class Builder(Protocol):
     """Makes the requests of one expert; `pipeline.engine.requests.RequestBuilder` is one."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """The expert's tokenizer."""
+        ...
 
     def build(
         self,
@@ -132,7 +137,7 @@ def load_engine(job: EngineJob) -> LoadedEngine:
             options=job.experts[0].options,
         )
         return LoadedEngine(loaded.engine, {None: loaded.requests})
-    names = [UNNAMED if expert.name is None else expert.name for expert in job.experts]
+    names = [engine_name(expert.name) for expert in job.experts]
     beside = load_experts(
         dict(zip(names, packages, strict=True)),
         Path(job.base_path),
@@ -168,31 +173,64 @@ class EngineFailedError(Exception):
     """The engine raised, rather than to answer: it can do no more. Not an error for a user; the worker ends itself."""
 
 
-class Answering:
-    """Answers rows with a loaded engine, from any number of threads at a time.
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class Asked(Generic[Answer]):
+    """A row as the engine is asked it.
 
     Args:
-        job: How rows become requests.
-        loaded: Who answers.
-        form: Which rows can be written.
+        request: For the engine; None where the row cannot be asked.
+        answer: From what the engine gave for it, in any order, to the row's answer.
     """
 
-    def __init__(self, job: EngineJob, loaded: LoadedEngine, form: PartFormat) -> None:
-        self._job = job
-        self._loaded = loaded
-        self._form = form
-        self._template = None if job.prompt_template is None else PromptTemplate.parse(job.prompt_template)
-        self._experts = {expert.name: expert for expert in job.experts}
-        self._building = Lock()  # tokenizers are not made for several threads
+    request: Request | None
+    answer: Callable[[Sequence[Completion]], Answer]
+
+
+class AnswerForm(Protocol[Answer]):
+    """What the rows of a job ask, and what their answers look like; `AnsweredRow`s are one form, lines another."""
+
+    def ask(self, request_id: str, row: Row) -> Asked[Answer]:
+        """What the engine is asked for a row; a row that cannot be asked has its answer all the same."""
+        ...
+
+    def fail(self, row: Row, failure: Failure) -> Answer:
+        """The answer to a row that is given up."""
+        ...
+
+    def encode(self, answers: Sequence[Answer], table: pa.Table) -> bytes:
+        """The part of a shard: the answers to its rows, in order, and the rows as they were read."""
+        ...
+
+    def stats(self, rows: Sequence[Row], answers: Sequence[Answer], seconds: float) -> ShardStats:
+        """How a shard was answered."""
+        ...
+
+
+class Answering(Generic[Answer]):
+    """Answers rows with an engine, from any number of threads at a time.
+
+    Args:
+        engine: Who answers.
+        form: How rows become requests, and completions answers.
+    """
+
+    def __init__(self, engine: Engine, form: AnswerForm[Answer]) -> None:
+        self.form = form
+        self._engine = engine
+        self._tokenizing = Lock()  # tokenizers are not made for several threads
         self._counting = Lock()
         self._num_busy = 0
         self._num_done = 0
 
-    def answer(self, rows: Sequence[Row]) -> list[Completion | None]:
-        """The answer to each row, in order; None where the row itself has a failure.
+    def answer(self, rows: Sequence[Row]) -> list[Answer]:
+        """The answer to each row, in order.
 
         Raises:
             EngineFailedError: The engine can do no more.
+            OutputError: The engine lost an answer.
         """
         self._count(busy=1)
         try:
@@ -200,59 +238,32 @@ class Answering:
         finally:
             self._count(busy=-1)
 
-    def expert_of(self, row: Row) -> JobExpert | None:
-        """The expert that a row names, or the one of rows that name none; None when there is no such expert."""
-        name = self._name(row)
-        return self._experts.get(name) if name is None or isinstance(name, str) else None
-
     def progress(self) -> tuple[int, int] | None:
         """Something that changes with each step, each row and each answer; None when there is nothing to answer."""
-        return (self._loaded.engine.stats().num_steps, self._num_done) if self._num_busy else None
+        return (self._engine.stats().num_steps, self._num_done) if self._num_busy else None
 
-    def _answer(self, rows: Sequence[Row]) -> list[Completion | None]:
-        answers: dict[str, Completion] = {}
-        requests: list[Request] = []
-        with self._building:
+    def _answer(self, rows: Sequence[Row]) -> list[Answer]:
+        asked: list[Asked[Answer]] = []
+        with self._tokenizing:
             for place, row in enumerate(rows):
-                if row.failure is not None or self._form.misfit(row.values) is not None:
-                    continue
-                try:
-                    requests.append(self._request(str(place), row))
-                except ExpertError as error:
-                    answers[str(place)] = failed(str(place), error)
+                asked.append(self.form.ask(str(place), row))
                 self._count()
         # Neighbours share what they can: an expert, and the beginning of their prompts.
+        requests = [one.request for one in asked if one.request is not None]
         requests.sort(key=lambda request: (request.expert or "", request.prompt_token_ids))
+        completions: dict[str, list[Completion]] = defaultdict(list)
         try:
-            for completion in self._loaded.engine.generate(requests):
-                answers[completion.request_id] = completion
+            for completion in self._engine.generate(requests):
+                completions[completion.request_id].append(completion)
                 self._count()
         except Exception as error:  # whatever an engine raises, it was to answer each row, or to fail that row
             raise EngineFailedError(f"the engine stopped: {type(error).__name__}: {error}") from error
-        return [answers.get(str(place)) for place in range(len(rows))]
-
-    def _request(self, request_id: str, row: Row) -> Request:
-        columns = self._job.columns
-        expert = self.expert_of(row)
-        if expert is None:
-            raise _unknown_expert(self._name(row), [name for name in self._experts if name is not None])
-        fields: dict[str, Any] = {
-            name: row.values.get(column) for name in FIELDS if (column := getattr(columns, name)) is not None
-        }
-        if self._template is not None:
-            fields["prompt"] = self._template.render(row.values)
-        messages = fields.get("messages")
-        if isinstance(messages, str):
-            fields["messages"] = _messages_from_json(messages)
-        identity = row.values.get(columns.id) if columns.id is not None else None
-        seed = row_seed(self._job.seed, row.identity if identity is None else f"id:{identity}")
-        own = {option: row.values.get(column) for option, column in columns.sampling.items()}
-        options = {"seed": seed, **{option: value for option, value in own.items() if value is not None}}
-        return self._loaded.builders[expert.name].build(request_id, **fields, options=options)
-
-    def _name(self, row: Row) -> Any:
-        column = self._job.columns.expert
-        return None if column is None else row.values.get(column)
+        answers: list[Answer] = []
+        with self._tokenizing:
+            for place, one in enumerate(asked):
+                answers.append(one.answer(completions[str(place)]))
+                self._count()
+        return answers
 
     def _count(self, *, busy: int = 0) -> None:
         with self._counting:
@@ -274,26 +285,6 @@ def row_seed(job_seed: int, identity: str) -> int:
     return int.from_bytes(digest, "little")
 
 
-def failed(request_id: str, error: ExpertError) -> Completion:
-    """The answer to a row that cannot be asked."""
-    return Completion(request_id, "", "error", 0, 0, Failure(error.code, error.message))
-
-
-def _unknown_expert(name: Any, names: Sequence[str]) -> ExpertError:
-    if name is None:
-        return InvalidRequestError(
-            "the row names no expert", hint="Name one, or give `expert` for the rows that name none."
-        )
-    hint = f"There are: {', '.join(names) or 'none'}."
-    if not isinstance(name, str):
-        return InvalidRequestError(f"the expert's name is a {type(name).__name__}, not text", hint=hint)
-    return UnknownModelError(f"there is no expert {name[:80]!r} in this job", hint=hint)
-
-
-def _messages_from_json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise InvalidRequestError(
-            f"messages is text that is not JSON: {error}", hint="Give a list of {role, content}, or that list as JSON."
-        ) from error
+def engine_name(name: str | None) -> str:
+    """How the engine calls the expert that rows call `name`."""
+    return UNNAMED if name is None else name

@@ -9,6 +9,7 @@ _attempts/           unfinished attempts of a local disk
 _input/              rows that came from memory, when they did
 _lease/              who drives the job, see `lease`
 _retry/              rows with an error that are being answered again, see `retry`
+results.jsonl        of OpenAI batch files: the answers of all parts, in order; errors.jsonl: what was not answered
 _errors.jsonl        all rows that have an error, when every shard is committed
 _manifest.json       all receipts
 _SUCCESS             the manifest's SHA-256; the last file of the answers to appear
@@ -349,7 +350,7 @@ def stored_output(storage: Storage) -> JobOutput:
         )
     values = _job_values(storage)
     kind, prefix, num_shards = (values.pop(name, None) for name in _OURS)
-    if kind not in ("parquet", "jsonl") or not isinstance(prefix, str) or not isinstance(num_shards, int):
+    if kind not in ("parquet", "jsonl", "openai") or not isinstance(prefix, str) or not isinstance(num_shards, int):
         raise OutputError(f"{JOB} is damaged: a field is missing", hint="Write to another folder, or delete this one.")
     return JobOutput(storage, values, kind, num_shards, prefix)
 

@@ -71,6 +71,14 @@ class ColumnsConfig(BaseModel):
     )
 
 
+_OPENAI_TAKES: Mapping[str, tuple[Any, ...]] = {
+    "prompt_template": (None,),
+    "output_format": (None, "openai"),
+    "output_prefix": ("",),
+    "columns": (ColumnsConfig(),),
+}
+
+
 class BatchConfig(BaseModel):
     """A batch job: which rows, which expert, where to, and how.
 
@@ -84,8 +92,9 @@ class BatchConfig(BaseModel):
         description="Path, glob pattern or URL of the input files, or a list of them.",
         json_schema_extra={"expected": "a path, glob pattern or URL, or a list of them"},
     )
-    format: Literal["parquet", "jsonl", "csv", "arrow"] | None = Field(
-        None, description="Format of the input files; left out, their file names tell."
+    format: Literal["parquet", "jsonl", "csv", "arrow", "openai"] | None = Field(
+        None,
+        description="Format of the input files; left out, their file names tell. openai: batch files of OpenAI's API.",
     )
     hive_partitions: bool = Field(
         True, description="Whether directories named key=value below the dataset's root become columns."
@@ -120,8 +129,12 @@ class BatchConfig(BaseModel):
     output: PathText = Field(
         description="Folder or URL that receives the answers.", json_schema_extra={"expected": "a folder or URL"}
     )
-    output_format: Literal["parquet", "jsonl"] | None = Field(
+    output_format: Literal["parquet", "jsonl", "openai"] | None = Field(
         None, description="Format of the answers; left out, that of the input (Parquet for CSV)."
+    )
+    openai_models: Literal["named", "any"] = Field(
+        "named",
+        description="Which `model` the lines of an OpenAI batch file may name: an expert's, or any: `expert` answers.",
     )
     output_prefix: str = Field(
         "",
@@ -197,7 +210,9 @@ class BatchConfig(BaseModel):
     overwrite: bool = Field(
         False, description="Replace an output that belongs to another job; one of this job is continued all the same."
     )
-    retry_errors: bool = Field(False, description="Answer again the rows of the output that have an error.")
+    retry_errors: bool = Field(
+        False, description="Answer again the rows of the output that have an error. Not for format openai."
+    )
     lease_seconds: float = Field(
         60.0,
         ge=1,
@@ -249,6 +264,36 @@ class BatchConfig(BaseModel):
             raise PydanticCustomError("max_workers", f"expected at least num_workers, which is {fewest}, got {value}")
         return value
 
+    @field_validator("prompt_template", "output_format", "output_prefix", "columns")
+    @classmethod
+    def _fits_batch_files(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.data.get("format") == "openai" and value not in _OPENAI_TAKES[str(info.field_name)]:
+            raise PydanticCustomError("format", "not for format openai, whose lines have a form of their own")
+        return value
+
+    @field_validator("retry_errors")
+    @classmethod
+    def _not_of_batch_files(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("format") == "openai":
+            raise PydanticCustomError(
+                "format", "not for format openai: give the lines to be asked again in a file of their own"
+            )
+        return value
+
+    @field_validator("openai_models")
+    @classmethod
+    def _some_expert_answers_any(cls, value: str, info: ValidationInfo) -> str:
+        if value == "any" and info.data.get("expert", "") is None:
+            raise PydanticCustomError("openai_models", "any needs `expert`, which answers for the other models")
+        return value
+
+    @field_validator("output_format", "openai_models")
+    @classmethod
+    def _needs_batch_files(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.data.get("format", "openai") != "openai" and value in ("openai", "any"):
+            raise PydanticCustomError("format", "only for format openai")
+        return value
+
     @classmethod
     def from_options(cls, **options: Any) -> Self:
         """Make a configuration from keyword arguments.
@@ -274,18 +319,24 @@ class BatchConfig(BaseModel):
 class ResolvedColumns:
     """The dataset's column for each role; None where it has none.
 
-    One of prompt and messages at least is there, and neither where the job has a `prompt_template`.
+    One of prompt and messages at least is there, and neither where the job has a `prompt_template` or answers the lines
+    of OpenAI batch files, which have no columns.
     """
 
-    prompt: str | None
-    messages: str | None
-    id: str | None
-    schema: str | None
-    system: str | None
-    dialect: str | None
-    expected: str | None
-    expert: str | None
+    prompt: str | None = None
+    messages: str | None = None
+    id: str | None = None
+    schema: str | None = None
+    system: str | None = None
+    dialect: str | None = None
+    expected: str | None = None
+    expert: str | None = None
     sampling: Mapping[str, str] = field(default_factory=dict)
+
+
+_BATCH_FILE_KEYS = {"custom_id", "url", "body"}
+_BATCH_FILE_HINT = "these look like lines of an OpenAI batch file: set format: openai"
+_PROMPT_HINT = "say which column holds the prompts: columns.prompt or columns.messages"
 
 
 def resolve_columns(
@@ -327,7 +378,7 @@ def resolve_columns(
         raise DatasetError(
             "the dataset has neither a column `prompt` nor a column `messages`",
             details=[f"its columns are: {_listed(available)}"],
-            hint="say which column holds the prompts: columns.prompt or columns.messages",
+            hint=_BATCH_FILE_HINT if set(available) >= _BATCH_FILE_KEYS else _PROMPT_HINT,
         )
     return ResolvedColumns(**found, sampling=options)
 

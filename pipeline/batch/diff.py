@@ -73,7 +73,8 @@ def diff_outputs(
         max_samples: So many rows that differ are kept.
 
     Raises:
-        OutputError: One is not the output of a finished job, or they answer other questions.
+        OutputError: One is not the output of a finished job, or of one for OpenAI batch files, or they answer other
+            questions.
     """
     one, other = (_Output(open_storage(url, storage_options)) for url in (first, second))
     rows = same = different = 0
@@ -122,6 +123,11 @@ class _Output:
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
         self.job = self._read_json(JOB)
+        if self.job.get("output_format") == "openai":
+            raise OutputError(
+                f"{storage.url('')} answers OpenAI batch files, whose answers are not compared",
+                hint="Compare two results.jsonl by their custom_id.",
+            )
         self._parts = self._read_json(MANIFEST)["parts"]
         columns = self.job.get("columns", {})
         self.roles = {role: columns[role] for role in _ASKED if isinstance(columns.get(role), str)}

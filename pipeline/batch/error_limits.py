@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pipeline.batch.config import BatchConfig
 from pipeline.batch.plan import PreparedJob
 from pipeline.batch.receipts import Receipt
-from pipeline.batch.result import read_part
+from pipeline.batch.row_errors import row_errors
 from pipeline.errors import OutputError, TooManyErrorsError
 
 MIN_RATED_ROWS = 100  # of fewer rows a share says little
@@ -69,11 +69,12 @@ class ErrorTally:
         receipt = self._seen[code]
         form = self._job.part_format
         try:
-            errors = read_part(self._job.output.storage, receipt.path, form)[f"{form.prefix}error"].to_pylist()
+            part = self._job.output.storage.read(receipt.path)
+            errors = row_errors(part, form.kind, receipt.shard, prefix=form.prefix, id_column=None)
         except OutputError as error:
             return f"a row of {receipt.path} ({error.message})"
-        at, message = next((at, error["message"]) for at, error in enumerate(errors) if error and error["code"] == code)
-        return f"row {at} of {receipt.path}: {message[:_SHOWN_CHARACTERS]}"
+        found = next(error for error in errors if error.code == code)
+        return f"row {found.row} of {receipt.path}: {found.message[:_SHOWN_CHARACTERS]}"
 
 
 def broken_limit(config: BatchConfig, rows: int, errors: int) -> str | None:

@@ -11,6 +11,7 @@ from pipeline.batch.jsonl_files import json_text
 from pipeline.batch.matching import exact_match, execution_match
 from pipeline.batch.result import BatchResult
 from pipeline.batch.run import run_config
+from pipeline.errors import ConfigError
 
 MAX_SAMPLES = 5
 NO_EXPERT = "(none)"
@@ -104,9 +105,15 @@ def evaluate_job(config: BatchConfig, *, progress: bool = True) -> tuple[BatchRe
         The job's result, and a score for each expert, in the order of their names.
 
     Raises:
+        ConfigError: The dataset is of OpenAI batch files, which have no column of right answers.
         DatasetError: The dataset has no such column; nothing was answered.
         ExpertError: As `run_batch` does.
     """
+    if config.format == "openai":
+        raise ConfigError(
+            "an OpenAI batch file has no column of right answers to judge by",
+            hint="Give the questions as a dataset with such a column, in another format.",
+        )
     # Named, the column must be there, and a dataset without it is refused before anything is answered. What is expected
     # is no part of the fingerprint: a job that ran without can be judged afterwards.
     columns = config.columns.model_copy(update={"expected": config.columns.expected or "expected"})

@@ -246,6 +246,7 @@ def _worker_job(job: PreparedJob, workers: Workers, *, is_resumed: bool, load: L
         progress_timeout=config.progress_timeout,
         is_resumed=is_resumed,
         load=load,
+        openai=job.openai,
     )
 
 

@@ -3,6 +3,8 @@
 import re
 from typing import Literal
 
+from pipeline.batch.openai_lines import ERRORS as LINE_ERRORS
+from pipeline.batch.openai_lines import RESULTS
 from pipeline.batch.parts import PartKind
 
 JOB, MANIFEST, SUCCESS, ERRORS = "_job.json", "_manifest.json", "_SUCCESS", "_errors.jsonl"
@@ -13,7 +15,11 @@ RUNS, REPORT = "_runs", "_report"
 FINGERPRINT_METADATA = "expert_pipeline.fingerprint"
 """The key in the footer of a Parquet part under which the digest of the job's fingerprint stands."""
 
-NameKind = Literal["part", "receipt", "row errors", "job", "pack", "attempt", "input", "lease", "retry", "report"]
+NameKind = Literal[
+    "part", "view", "receipt", "row errors", "job", "pack", "attempt", "input", "lease", "retry", "report"
+]
+VIEWS = (RESULTS, LINE_ERRORS)
+"""What a finished job of OpenAI batch files leaves beside its parts; in any other output they are no files of a job."""
 
 _PART = re.compile(r"part-(\d{5,})\.(parquet|jsonl)")
 _RECEIPT = re.compile(rf"{COMMITS}/(\d{{5,}})\.json")
@@ -31,7 +37,7 @@ _FOLDERS: dict[str, NameKind] = {
 
 def part_name(shard_index: int, kind: PartKind) -> str:
     """The name of a shard's part, e.g. `part-00000.parquet`."""
-    return f"part-{shard_index:05d}.{kind}"
+    return f"part-{shard_index:05d}.{'jsonl' if kind == 'openai' else kind}"
 
 
 def receipt_name(shard_index: int) -> str:
@@ -62,6 +68,8 @@ def kind_of(name: str) -> NameKind | None:
     """
     if name in (JOB, MANIFEST, SUCCESS, ERRORS):
         return "job"
+    if name in VIEWS:
+        return "view"
     kinds: tuple[NameKind, ...] = ("part", "receipt", "row errors")
     for kind in kinds:
         if shard_of(name, kind) is not None:

@@ -1,4 +1,4 @@
-"""The manifest, the list of all errors, and `_SUCCESS`: how a job is finished, and how that is seen."""
+"""The manifest, the list of all errors, `_SUCCESS` and what goes with them: how a job is finished and seen to be."""
 
 import hashlib
 import json
@@ -19,6 +19,7 @@ from pipeline.batch.layout import (
     SUCCESS,
     row_errors_name,
 )
+from pipeline.batch.openai_lines import write_views
 from pipeline.batch.receipts import Receipt, in_threads, json_bytes, totals_of
 from pipeline.batch.retry import PLAN, RetryPlan, read_plan, round_output
 from pipeline.batch.storage import Storage
@@ -34,6 +35,8 @@ _ANEW = f"Delete {MANIFEST} and {SUCCESS}, and run the same command again: they 
 
 def seal(output: "JobOutput", known: Mapping[int, Receipt] | None = None) -> dict[str, Any]:
     """Write the manifest, `_errors.jsonl` and `_SUCCESS` of a job whose shards are all committed.
+
+    Of OpenAI batch files, the views are written as well.
 
     The manifest is created only once: a driver that is late, and has other receipts in mind, goes no further than that.
 
@@ -64,6 +67,8 @@ def seal(output: "JobOutput", known: Mapping[int, Receipt] | None = None) -> dic
     if not output.storage.create(MANIFEST, data) and output.storage.read(MANIFEST) != data:
         raise OutputError(f"{MANIFEST} does not go with the receipts", hint=_ANEW)
     _write_errors(output, ordered)
+    if output.kind == "openai":
+        write_views(output.storage, ordered)
     output.storage.create(SUCCESS, success_of(data))
     sealed_manifest(output.storage)
     return manifest

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection
 
-from pipeline.batch.commit import JobOutput
+from pipeline.batch.commit import JobOutput, stored_output
 from pipeline.batch.layout import (
     ATTEMPTS,
     COMMITS,
@@ -15,6 +15,7 @@ from pipeline.batch.layout import (
     ROW_ERRORS,
     RUNS,
     SUCCESS,
+    VIEWS,
     kind_of,
 )
 from pipeline.errors import FingerprintError, OutputError
@@ -48,7 +49,8 @@ def overwrite(output: JobOutput, confirm: Callable[[], None], *, keep: Collectio
     storage = output.storage
     kept = set(keep)
     names = [name for name in storage.list() if storage.url(name) not in kept]
-    strange = [name for name in names if kind_of(name) is None]
+    views = VIEWS if stored_output(storage).kind == "openai" else ()
+    strange = [name for name in names if kind_of(name) is None or (kind_of(name) == "view" and name not in views)]
     if strange:
         raise OutputError(
             f"{storage.url('')} holds files that are not a job's; nothing is removed",
@@ -57,7 +59,7 @@ def overwrite(output: JobOutput, confirm: Callable[[], None], *, keep: Collectio
         )
     confirm()
     storage.remove([SUCCESS])
-    storage.remove([MANIFEST, ERRORS])
+    storage.remove([MANIFEST, ERRORS, *views])
     for folder in (ATTEMPTS, RETRY, PACKS, COMMITS, ROW_ERRORS, REPORT, RUNS):
         confirm()
         storage.remove_tree(folder)

@@ -10,13 +10,14 @@ from typing import Any, Literal, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.batch import openai_lines
 from pipeline.batch.part_values import json_value, loose_value
 from pipeline.batch.rows import Row
 from pipeline.batch.shards import ShardPlan
 from pipeline.engine.types import Completion, Failure
 from pipeline.errors import ConfigError, DatasetError, OutputError
 
-PartKind = Literal["parquet", "jsonl"]
+PartKind = Literal["parquet", "jsonl", "openai"]
 Compression = Literal["zstd", "snappy", "gzip", "lz4", "none"]
 OUR_SCHEMA = pa.schema(
     [
@@ -37,7 +38,7 @@ class PartFormat:
     """How the parts of a job are written; the same for all of them.
 
     Args:
-        kind: `parquet` or `jsonl`.
+        kind: `parquet`, `jsonl`, or `openai` for the lines of `openai_lines`, which have none of the columns below.
         inputs: The input columns of a Parquet part; see `ShardPlan.schema`.
         is_loose: Whether the rows come from JSONL, where a value may not fit its column.
         prefix: Put before the names of our columns.
@@ -65,7 +66,9 @@ class PartFormat:
 
     @property
     def schema(self) -> pa.Schema:
-        """The schema of a Parquet part: every input column, then ours."""
+        """The schema of a part as a table: every input column, then ours."""
+        if self.kind == "openai":
+            return openai_lines.PART_SCHEMA
         ours = [pa.field(name, item.type) for name, item in zip(self.output_names, OUR_SCHEMA, strict=True)]
         return pa.schema([*self.inputs, *ours], metadata=dict(self.metadata) or None)
 
@@ -239,10 +242,12 @@ def count_part(data: bytes, kind: PartKind, prefix: str = "") -> PartCounts:
         if kind == "parquet":
             table = pq.read_table(io.BytesIO(data), columns=names)
             columns = [table[name].to_pylist() for name in names]
+        elif kind == "openai":
+            columns = [list(column) for column in zip(*map(openai_lines.line_counts, data.splitlines()), strict=True)]
         else:
             objects = [json.loads(line) for line in data.splitlines()]
             columns = [[item[name] for item in objects] for name in names]
-        errors, prompt_tokens, completion_tokens = columns
+        errors, prompt_tokens, completion_tokens = columns or ([], [], [])
         return PartCounts(
             rows=len(errors),
             error_codes=dict(sorted(Counter(error["code"] for error in errors if error is not None).items())),

@@ -3,17 +3,18 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.batch.answering import JobExpert
+from pipeline.batch.answering import UNNAMED, JobExpert, engine_name
 from pipeline.batch.commit import JobOutput
 from pipeline.batch.config import BatchConfig, ResolvedColumns, resolve_columns
 from pipeline.batch.files import is_hidden
 from pipeline.batch.filesystems import protocol_of
 from pipeline.batch.layout import FINGERPRINT_METADATA
+from pipeline.batch.openai_answers import OpenAIRules
 from pipeline.batch.parts import PartFormat, plan_part_format
 from pipeline.batch.shards import ShardPlan
 from pipeline.batch.source import plan_shards
@@ -66,6 +67,7 @@ class PreparedJob:
         columns: Which column plays which role.
         part_format: How parts are written.
         output: Where they are committed.
+        openai: How lines of OpenAI batch files are answered; None where the rows are others.
     """
 
     config: BatchConfig
@@ -75,6 +77,7 @@ class PreparedJob:
     columns: ResolvedColumns
     part_format: PartFormat
     output: JobOutput
+    openai: OpenAIRules | None = None
 
 
 def prepare(config: BatchConfig, opened: OpenExperts) -> PreparedJob:
@@ -85,34 +88,25 @@ def prepare(config: BatchConfig, opened: OpenExperts) -> PreparedJob:
         DatasetError: The dataset cannot be found or read, or lacks a column.
         OutputError: The output is at a place that cannot hold one.
     """
+    is_openai = config.format == "openai"
     plan = plan_shards(
         config.dataset,
-        format=config.format,
+        format="jsonl" if config.format == "openai" else config.format,  # lines like any others; workers read on
         shard_rows=config.shard_rows,
         max_decompressed_bytes=config.max_decompressed_bytes,
-        hive_partitions=config.hive_partitions,
+        hive_partitions=config.hive_partitions and not is_openai,
         storage_options=config.storage_options,
     )
     refuse_nested(config, plan)
-    columns = _columns(config, plan)
+    columns = ResolvedColumns() if is_openai else _columns(config, plan)
     experts = tuple(_job_expert(config, expert) for expert in opened.experts)
     fingerprint = job_fingerprint(config, opened, plan, columns)
-    alone = experts[0] if not config.experts else None
-    part_format = plan_part_format(
-        plan,
-        kind=config.output_format,
-        output_prefix=config.output_prefix,
-        expert=alone.label if alone else None,
-        expert_sha256=alone.sha256 if alone else None,
-        metadata={
-            FINGERPRINT_METADATA: digest_of(fingerprint),
-            "expert_pipeline.version": __version__,
-            "expert_pipeline.expert": ", ".join(expert.label for expert in experts),
-            "expert_pipeline.expert_sha256": ", ".join(expert.sha256 for expert in experts),
-        },
-        compression=config.parquet_compression,
-        row_group_rows=config.parquet_row_group_rows,
-    )
+    openai: OpenAIRules | None = None
+    if is_openai:
+        part_format = PartFormat(kind="openai", inputs=plan.schema, is_loose=True)
+        openai = openai_rules(config, opened, digest_of(fingerprint))
+    else:
+        part_format = _table_format(config, plan, experts, digest_of(fingerprint))
     output = JobOutput(
         storage=open_storage(config.output, config.storage_options),
         fingerprint=fingerprint,
@@ -120,7 +114,48 @@ def prepare(config: BatchConfig, opened: OpenExperts) -> PreparedJob:
         num_shards=len(plan.shards),
         prefix=config.output_prefix,
     )
-    return PreparedJob(config, experts, opened.base_path.resolve(), plan, columns, part_format, output)
+    return PreparedJob(config, experts, opened.base_path.resolve(), plan, columns, part_format, output, openai)
+
+
+def _table_format(config: BatchConfig, plan: ShardPlan, experts: Sequence[JobExpert], fingerprint: str) -> PartFormat:
+    alone = experts[0] if not config.experts else None
+    return plan_part_format(
+        plan,
+        kind=config.output_format,
+        output_prefix=config.output_prefix,
+        expert=alone.label if alone else None,
+        expert_sha256=alone.sha256 if alone else None,
+        metadata={
+            FINGERPRINT_METADATA: fingerprint,
+            "expert_pipeline.version": __version__,
+            "expert_pipeline.expert": ", ".join(expert.label for expert in experts),
+            "expert_pipeline.expert_sha256": ", ".join(expert.sha256 for expert in experts),
+        },
+        compression=config.parquet_compression,
+        row_group_rows=config.parquet_row_group_rows,
+    )
+
+
+def openai_rules(config: BatchConfig, opened: OpenExperts, fingerprint: str) -> OpenAIRules:
+    """How the lines of OpenAI batch files are answered.
+
+    Args:
+        config: The job.
+        opened: Its experts. A line's `model` says the name of one of `experts`, or that of the package of `expert`,
+            with its version or without.
+        fingerprint: The digest of the job's.
+    """
+    models: dict[str, str] = {}
+    default = opened.default
+    if default is not None:
+        models = dict.fromkeys((default.package.manifest.name, default.package.label), UNNAMED)
+    models |= {expert.name: expert.name for expert in opened.experts if expert.name is not None}
+    return OpenAIRules(
+        models=models,
+        otherwise=UNNAMED if config.openai_models == "any" else None,
+        digests={engine_name(expert.name): expert.package.digest for expert in opened.experts},
+        fingerprint=fingerprint,
+    )
 
 
 def open_experts(config: BatchConfig) -> OpenExperts:
@@ -233,6 +268,7 @@ def job_fingerprint(
             described = {"expert": expert.package.label, "expert_sha256": expert.package.digest}
             named[expert.name] = described | _grammar_option(config, expert)
     return {
+        **({"openai_models": config.openai_models} if config.format == "openai" else {}),
         "fingerprint_version": FINGERPRINT_VERSION,
         "expert": None if default is None else default.package.label,
         "expert_sha256": None if default is None else default.package.digest,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.batch.openai_lines import part_table
 from pipeline.batch.part_values import loose_value
 from pipeline.batch.parts import PartFormat
 from pipeline.batch.row_errors import RowError, row_errors
@@ -118,10 +119,12 @@ def read_part(storage: Storage, name: str, form: PartFormat) -> pa.Table:
     try:
         if form.kind == "parquet":
             return pq.read_table(io.BytesIO(data), schema=form.schema.remove_metadata())
+        if form.kind == "openai":
+            return part_table(data)
         rows = [json.loads(line) for line in data.splitlines()]
         columns = [_column(rows, item) for item in form.schema]
         return pa.table(columns, schema=form.schema.remove_metadata())
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise OutputError(
             f"{storage.url(name)} is damaged: {error}",
             hint="Delete the part, its receipt in _commits, _manifest.json and _SUCCESS, and run the job again.",

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.batch.openai_lines import line_counts
 from pipeline.batch.part_values import json_value
 from pipeline.batch.parts import PartFormat, PartKind, write_parquet
 from pipeline.errors import OutputError
@@ -23,7 +24,7 @@ class RowError:
     Args:
         shard: The shard, and so the part, it is in.
         row: Its place in the part, from 0.
-        id: What the job's id column holds, as JSON holds it; None without one.
+        id: What the job's id column holds, as JSON holds it, or the `custom_id` of a line; None without one.
         code: The error's code, e.g. `prompt_too_long`.
         message: What was wrong.
     """
@@ -65,7 +66,10 @@ def row_errors(data: bytes, kind: PartKind, shard: int, *, prefix: str = "", id_
         OutputError: The bytes are not a part.
     """
     try:
-        errors, ids = _parquet(data, prefix, id_column) if kind == "parquet" else _jsonl(data, prefix, id_column)
+        if kind == "openai":
+            errors, ids = _openai(data)
+        else:
+            errors, ids = _parquet(data, prefix, id_column) if kind == "parquet" else _jsonl(data, prefix, id_column)
         return [
             RowError(shard, row, json_value(ids[row]), error["code"], error["message"])
             for row, error in enumerate(errors)
@@ -133,6 +137,13 @@ def _plain(scalar: pa.Scalar) -> Any:
         return scalar.as_py()
     except (ValueError, OverflowError):  # such as a date after the year 9999
         return str(scalar.cast(pa.string()))
+
+
+def _openai(data: bytes) -> tuple[list[Any], list[Any]]:
+    lines = data.splitlines()
+    errors = [line_counts(line)[0] for line in lines]
+    named = [line if error is not None else None for line, error in zip(lines, errors, strict=True)]
+    return errors, [None if line is None else json.loads(line)["custom_id"] for line in named]
 
 
 def _jsonl(data: bytes, prefix: str, id_column: str | None) -> tuple[list[Any], list[Any]]:

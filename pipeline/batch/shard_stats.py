@@ -13,7 +13,10 @@ from functools import cache
 from typing import Any
 
 from pipeline.batch.histogram import Histogram
+from pipeline.batch.openai_lines import line_counts, line_finish_reason
 from pipeline.batch.parts import AnsweredRow, PartFormat, failure_of
+from pipeline.batch.rows import Row
+from pipeline.engine.types import Failure
 
 SAMPLES_PER_CODE = 3
 MAX_SAMPLE_CHARACTERS = 300
@@ -92,21 +95,56 @@ def shard_stats(rows: Sequence[AnsweredRow], form: PartFormat, seconds: float) -
         form: How the job's parts are written.
         seconds: How long it took.
     """
-    prompts, completions, reasons = Histogram(), Histogram(), Counter[str]()
-    samples: dict[str, list[ErrorSample]] = {}
+    tally = _Tally()
     for row in rows:
         failure, completion = failure_of(row, form), row.completion
-        if failure is not None or completion is None:
-            reasons["error"] += 1
-            if failure is not None:
-                found = samples.setdefault(failure.code, [])
-                if len(found) < SAMPLES_PER_CODE:
-                    found.append(ErrorSample(_shortened(row.row.identity), _shortened(failure.message)))
-            continue
-        reasons[completion.finish_reason] += 1
-        prompts.add(completion.prompt_tokens)
-        completions.add(completion.completion_tokens)
-    return ShardStats(seconds, _this_worker(), prompts, completions, dict(reasons), samples)
+        if completion is not None and failure is None:
+            tally.answered(completion.finish_reason, completion.prompt_tokens, completion.completion_tokens)
+        else:
+            tally.failed(row.row, failure)
+    return tally.stats(seconds)
+
+
+def line_stats(rows: Sequence[Row], lines: Sequence[bytes], seconds: float) -> ShardStats:
+    """What there is to tell of a shard of an OpenAI batch file.
+
+    Args:
+        rows: All its rows.
+        lines: Their answers; of one with several choices, the first tells the reason why it ended.
+        seconds: How long it took.
+    """
+    tally = _Tally()
+    for row, line in zip(rows, lines, strict=True):
+        error, prompt_tokens, completion_tokens = line_counts(line)
+        if error is None:
+            tally.answered(line_finish_reason(line), prompt_tokens, completion_tokens)
+        else:
+            tally.failed(row, Failure(error["code"], error["message"]))
+    return tally.stats(seconds)
+
+
+class _Tally:
+    """Stats that are being counted."""
+
+    def __init__(self) -> None:
+        self._prompts, self._completions = Histogram(), Histogram()
+        self._reasons = Counter[str]()
+        self._samples: dict[str, list[ErrorSample]] = {}
+
+    def answered(self, finish_reason: str, prompt_tokens: int, completion_tokens: int) -> None:
+        self._reasons[finish_reason] += 1
+        self._prompts.add(prompt_tokens)
+        self._completions.add(completion_tokens)
+
+    def failed(self, row: Row, failure: Failure | None) -> None:
+        self._reasons["error"] += 1
+        if failure is not None:
+            found = self._samples.setdefault(failure.code, [])
+            if len(found) < SAMPLES_PER_CODE:
+                found.append(ErrorSample(_shortened(row.identity), _shortened(failure.message)))
+
+    def stats(self, seconds: float) -> ShardStats:
+        return ShardStats(seconds, _this_worker(), self._prompts, self._completions, dict(self._reasons), self._samples)
 
 
 @cache

@@ -3,7 +3,7 @@
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from hashlib import blake2b
 from typing import Any
@@ -19,6 +19,7 @@ from pipeline.batch.layout import (
     MANIFEST,
     RETRY,
     SUCCESS,
+    VIEWS,
     kind_of,
     part_name,
     receipt_name,
@@ -26,6 +27,7 @@ from pipeline.batch.layout import (
     shard_of,
 )
 from pipeline.batch.manifest import manifest_of, success_of
+from pipeline.batch.openai_lines import view_sizes
 from pipeline.batch.plan import digest_of
 from pipeline.batch.receipts import Receipt, in_threads, read_receipt, totals_of
 from pipeline.batch.retry import read_plan
@@ -118,6 +120,7 @@ class _Part:
     errors: bytes
     ids: npt.NDArray[np.uint64] | None
     problems: tuple[Problem, ...]
+    view_sizes: tuple[int, int] = (0, 0)
 
 
 def verify(storage: Storage) -> Verification:
@@ -125,7 +128,8 @@ def verify(storage: Storage) -> Verification:
 
     Each part is read whole and counted: rows, errors, tokens, bytes and digest must be those of its receipt; for
     Parquet, its footer must name the job's fingerprint. The manifest must be what the receipts give, `_SUCCESS` and
-    `_errors.jsonl` what the manifest and the parts give; and there must be no other files. Nothing is written.
+    `_errors.jsonl` what the manifest and the parts give; and there must be no other files. Of OpenAI batch files, the
+    views must have the size of the lines they are made of. Nothing is written.
 
     Args:
         storage: The output folder.
@@ -142,18 +146,22 @@ def verify(storage: Storage) -> Verification:
     digest = digest_of(output.fingerprint)
     found: list[Receipt] = []
     errors = hashlib.sha256()
+    view_bytes = [0, 0]
     ids: list[npt.NDArray[np.uint64]] = []
     there = [shard for shard in range(output.num_shards) if part_name(shard, output.kind) in sizes]
     for start in range(0, len(there), _AT_ONCE):
         for part in in_threads(lambda shard: _read(output, shard, sizes, digest), there[start : start + _AT_ONCE]):
             problems += part.problems
             errors.update(part.errors)
+            for place, size in enumerate(part.view_sizes):
+                view_bytes[place] += size
             if part.receipt is not None:
                 found.append(part.receipt)
             if part.ids is not None:
                 ids.append(part.ids)
     if len(found) == output.num_shards:
         problems += _wrong_totals(output, sizes, found, errors.hexdigest())
+        problems += _wrong_views(output, sizes, view_bytes)
     totals = totals_of(found)
     return Verification(
         output=storage.url(""),
@@ -166,7 +174,9 @@ def verify(storage: Storage) -> Verification:
 
 def _misplaced(output: JobOutput, sizes: Mapping[str, int]) -> list[Problem]:
     """Files that are missing, or that do not belong."""
-    problems = [Problem(name, "is no file of a job") for name in sizes if kind_of(name) is None]
+    views = VIEWS if output.kind == "openai" else ()
+    strange = [name for name in sizes if kind_of(name) is None or (kind_of(name) == "view" and name not in views)]
+    problems = [Problem(name, "is no file of a job") for name in strange]
     for name in sizes:
         shard = shard_of(name, "part")
         if shard is not None and (shard >= output.num_shards or name != part_name(shard, output.kind)):
@@ -180,7 +190,7 @@ def _misplaced(output: JobOutput, sizes: Mapping[str, int]) -> list[Problem]:
         problems.append(
             Problem("", f"{len(missing)} of {output.num_shards} shards are not there: {some}; run the job again")
         )
-    problems += [Problem(name, "is missing") for name in (MANIFEST, SUCCESS, ERRORS) if name not in sizes]
+    problems += [Problem(name, "is missing") for name in (MANIFEST, SUCCESS, ERRORS, *views) if name not in sizes]
     try:
         plan = read_plan(output.storage)
         if plan is not None and (SUCCESS not in sizes or output.sealed() is None):
@@ -209,7 +219,8 @@ def _read(output: JobOutput, shard: int, sizes: Mapping[str, int], digest: str) 
     listed = row_errors_name(shard, counted.sha256)
     if errors and (listed not in sizes or output.storage.read(listed) != lines):
         problems.append(Problem(listed, "is not the list of the part's errors"))
-    return _Part(counted, lines, _id_hashes(output, data), tuple(problems))
+    views = view_sizes(data) if output.kind == "openai" else (0, 0)
+    return _Part(counted, lines, _id_hashes(output, data), tuple(problems), views)
 
 
 def _receipt_problems(output: JobOutput, shard: int, counted: Receipt) -> list[Problem]:
@@ -229,6 +240,16 @@ def _footer_problems(name: str, data: bytes, digest: str) -> list[Problem]:
     metadata = pq.read_metadata(io.BytesIO(data)).metadata or {}
     said = metadata.get(FINGERPRINT_METADATA.encode(), b"").decode(errors="replace")
     return [] if said == digest else [Problem(name, f"was written by a job with the fingerprint {said or 'none'}")]
+
+
+def _wrong_views(output: JobOutput, sizes: Mapping[str, int], wanted: Sequence[int]) -> list[Problem]:
+    if output.kind != "openai":
+        return []
+    return [
+        Problem(name, f"has {sizes[name]:,} bytes, its lines in the parts {size:,}")
+        for name, size in zip(VIEWS, wanted, strict=True)
+        if name in sizes and sizes[name] != size
+    ]
 
 
 def _wrong_totals(

@@ -3,22 +3,35 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import pyarrow as pa
 import ray
 
-from pipeline.batch.answering import Answering, EngineFailedError, EngineJob, Loader, load_engine
+from pipeline.batch.answering import (
+    Answering,
+    EngineFailedError,
+    EngineJob,
+    LoadedEngine,
+    Loader,
+    engine_name,
+    load_engine,
+    row_seed,
+)
 from pipeline.batch.commit import JobOutput
-from pipeline.batch.parts import AnsweredRow, PartFormat, encode_part
+from pipeline.batch.openai_answers import LineAnswers, OpenAIRules
+from pipeline.batch.parts import PartFormat
 from pipeline.batch.receipts import Receipt
+from pipeline.batch.row_answers import RowAnswers
 from pipeline.batch.row_errors import mended_part, row_errors
 from pipeline.batch.rows import Row, iter_rows
-from pipeline.batch.shard_stats import shard_stats
+from pipeline.batch.shard_stats import ShardStats
 from pipeline.batch.shards import Shard
 from pipeline.batch.trials import ROW_KILLS_WORKER, History, Range, Trials, plan_trials
 from pipeline.batch.turns import Turns
 from pipeline.batch.watchdog import Watchdog, end_process
-from pipeline.engine.types import Completion, Failure
+from pipeline.engine.types import Failure
 from pipeline.errors import ExpertError
 
 
@@ -33,6 +46,7 @@ class WorkerJob:
         progress_timeout: So long the engine may do nothing while it has rows to answer, in seconds.
         is_resumed: Whether the output was begun by another run, whose workers may have been lost.
         load: How the worker comes to its engine.
+        openai: How the lines of OpenAI batch files are answered; None where the rows are others.
     """
 
     engine: EngineJob
@@ -41,6 +55,7 @@ class WorkerJob:
     progress_timeout: float = 600.0
     is_resumed: bool = False
     load: Loader = load_engine
+    openai: OpenAIRules | None = None
 
 
 class ShardWorker:
@@ -61,7 +76,7 @@ class ShardWorker:
         # Ray reports an actor that cannot be made without its reason; so this one is made, and its first shard says it.
         self._failure: ExpertError | None = None
         try:
-            self._answering = Answering(job.engine, job.load(job.engine), job.part_format)
+            self._answering = _answering(job, job.load(job.engine))
         except ExpertError as error:
             self._failure = error
         else:
@@ -84,12 +99,12 @@ class ShardWorker:
             shard = Shard.from_json(text)
             with pa.ipc.open_stream(rows) as reader:
                 table = reader.read_all()
-            receipt, answered = self._answer(shard, table)
+            receipt, told = self._answer(shard, table, started)
             receipts.append(receipt.to_json())
-            stats.append(shard_stats(answered, self._job.part_format, time.monotonic() - started).to_json())
+            stats.append(told.to_json())
         return pa.table({"receipt": receipts, "stats": stats})
 
-    def _answer(self, shard: Shard, table: pa.Table) -> tuple[Receipt, list[AnsweredRow]]:
+    def _answer(self, shard: Shard, table: pa.Table, started: float) -> tuple[Receipt, ShardStats]:
         rows = list(iter_rows(shard, table))
         form = self._job.part_format
         old_part = self._job.output.part_to_mend(shard.index)
@@ -101,22 +116,19 @@ class ShardWorker:
         history = self._trials.history(shard.index)
         if history.is_suspect:
             with self._turns.alone():
-                completions = self._try_alone(shard.index, rows, history)
+                answers = self._try_alone(shard.index, rows, history)
         else:
             with self._turns.together():
                 self._trials.begin(shard.index, Range(0, len(rows)), history, is_alone=False)
-                completions = self._try(rows)
+                answers = self._try(rows)
         self._trials.end(shard.index)
-        answered = [
-            AnsweredRow(row, completion, self._answering.expert_of(row))
-            for row, completion in zip(rows, completions, strict=True)
-        ]
-        part = encode_part(answered, form, table)
+        part = self._answering.form.encode(answers, table)
         if old_part is not None:
             part = mended_part(old_part, part, wanted, form)
-        return self._job.output.commit(shard.index, part), answered
+        receipt = self._job.output.commit(shard.index, part)
+        return receipt, self._answering.form.stats(rows, answers, time.monotonic() - started)
 
-    def _try(self, rows: Sequence[Row]) -> list[Completion | None]:
+    def _try(self, rows: Sequence[Row]) -> list[Any]:
         try:
             return self._answering.answer(rows)
         except EngineFailedError as error:
@@ -124,16 +136,16 @@ class ShardWorker:
             end_process(str(error), self._trials.explain)
             raise
 
-    def _try_alone(self, shard: int, rows: Sequence[Row], history: History) -> list[Completion | None]:
+    def _try_alone(self, shard: int, rows: Sequence[Row], history: History) -> list[Any]:
         plan = plan_trials(len(rows), history.deaths)
-        completions: list[Completion | None] = [None] * len(rows)
+        answers: list[Any] = [None] * len(rows)
         for start, stop in plan.ranges:
             history = self._trials.begin(shard, Range(start, stop), history, is_alone=True)
-            completions[start:stop] = self._try(rows[start:stop])
+            answers[start:stop] = self._try(rows[start:stop])
             self._trials.end(shard)
         for killer in plan.killers:
-            completions[killer] = _killer(rows[killer], history)
-        return completions
+            answers[killer] = self._answering.form.fail(rows[killer], _killer(history))
+        return answers
 
 
 def was_restarted() -> bool:
@@ -144,7 +156,14 @@ def was_restarted() -> bool:
     return context.get_actor_id() is not None and bool(context.was_current_actor_reconstructed)
 
 
-def _killer(row: Row, history: History) -> Completion:
+def _answering(job: WorkerJob, loaded: LoadedEngine) -> Answering[Any]:
+    """With answers of the job's own form, which alone looks into them."""
+    if job.openai is None:
+        return Answering(loaded.engine, RowAnswers(job.engine, loaded.builders, job.part_format))
+    builders = {engine_name(name): builder for name, builder in loaded.builders.items()}
+    return Answering(loaded.engine, LineAnswers(job.openai, builders, partial(row_seed, job.engine.seed)))
+
+
+def _killer(history: History) -> Failure:
     why = f": {history.reason}" if history.reason else ""
-    message = f"each process that answered this row ended{why}"
-    return Completion(row.identity, "", "error", 0, 0, Failure(ROW_KILLS_WORKER, message))
+    return Failure(ROW_KILLS_WORKER, f"each process that answered this row ended{why}")

@@ -2,8 +2,9 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -16,6 +17,7 @@ from pipeline.demo.names import Task
 from pipeline.demo.tasks import draw_group
 from pipeline.errors import ConfigError
 
+QuestionFormat = Literal["parquet", "jsonl", "openai"]
 ROWS_PER_GROUP = 2048
 ROW_SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "schema", "prompt", "expected")])
 
@@ -54,7 +56,7 @@ def draw_questions(task: Task, rows: int, *, seed: int = 1) -> Iterator[Question
 
 
 def write_questions(
-    path: Path, rows: int, *, task: Task = "sql", seed: int = 1, file_format: Literal["parquet", "jsonl"] = "parquet"
+    path: Path, rows: int, *, task: Task = "sql", seed: int = 1, file_format: QuestionFormat = "parquet"
 ) -> Path:
     """Write a demo dataset with the columns id, schema, prompt and expected; an existing file is replaced.
 
@@ -62,18 +64,22 @@ def write_questions(
         path: Where to; the file appears whole or not at all.
         rows: How many questions.
         task, seed: See `draw_questions`.
-        file_format: `"parquet"` or `"jsonl"`.
+        file_format: `"parquet"`, `"jsonl"`, or `"openai"` for a batch file of OpenAI's API, which has no answers.
 
     Raises:
         ConfigError: `rows` is not positive, or the file cannot be written.
     """
     if rows < 1:
         raise ConfigError(f"rows is {rows}", hint="Give the number of questions to make, at least 1.")
-    write = {"parquet": _write_parquet, "jsonl": _write_jsonl}[file_format]
+    writers: dict[QuestionFormat, Callable[[Path, Iterable[Question]], None]] = {
+        "parquet": _write_parquet,
+        "jsonl": _write_jsonl,
+        "openai": partial(_write_openai, task),
+    }
     fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(fresh, draw_questions(task, rows, seed=seed))
+        writers[file_format](fresh, draw_questions(task, rows, seed=seed))
         fresh.replace(path)
     except OSError as error:
         raise ConfigError(
@@ -95,3 +101,12 @@ def _write_jsonl(path: Path, questions: Iterable[Question]) -> None:
     with path.open("w", encoding="utf-8") as file:
         for question in questions:
             file.write(json.dumps(vars(question), ensure_ascii=False) + "\n")
+
+
+def _write_openai(task: Task, path: Path, questions: Iterable[Question]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for question in questions:
+            messages = [{"role": "user", "content": question.prompt}]
+            body = {"model": f"expert-{task}", "messages": messages, "schema": question.schema}
+            line = {"custom_id": question.id, "method": "POST", "url": "/v1/chat/completions", "body": body}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")

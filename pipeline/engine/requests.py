@@ -60,6 +60,11 @@ class RequestBuilder:
         self._params, self.grammar = request_defaults(package, options or {})
         self._truncate = _side((options or {}).get("truncate"))
 
+    @property
+    def tokenizer(self) -> Any:
+        """The expert's tokenizer."""
+        return self._tokenizer
+
     def build(
         self,
         request_id: str,

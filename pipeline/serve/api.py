@@ -10,15 +10,17 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from pipeline.errors import ReplicaLostError, ServeError, UnknownRouteError
+from pipeline.openai_api.http_errors import HttpError, http_error
+from pipeline.openai_api.protocol import ROUTES
+from pipeline.openai_api.responses import json_bytes
+from pipeline.serve.cards import model_body
 from pipeline.serve.exchange import CompletionsRoute, RequestMetrics, Service
 from pipeline.serve.guard import HEALTH_PATH, Guard
-from pipeline.serve.http_errors import HttpError, http_error
 from pipeline.serve.in_flight import InFlight
 from pipeline.serve.keys import KeyRing
 from pipeline.serve.limits import LimitsConfig
 from pipeline.serve.messages import Backend, ModelCard
 from pipeline.serve.playground import HEADERS, StaticFile, static_files
-from pipeline.serve.responses import json_bytes, model_body
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -61,8 +63,7 @@ def make_api(
     )
     files = static_files() if playground else {}
     routes: list[BaseRoute] = [
-        Route("/v1/chat/completions", CompletionsRoute("chat", service), methods=["POST"]),
-        Route("/v1/completions", CompletionsRoute("text", service), methods=["POST"]),
+        *(Route(path, CompletionsRoute(kind, service), methods=["POST"]) for path, kind in ROUTES.items()),
         *_model_routes(service),
         Route(HEALTH_PATH, _health, methods=["GET"]),
         Route("/ready", _ready(is_ready), methods=["GET"]),

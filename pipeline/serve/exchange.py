@@ -19,20 +19,18 @@ from pipeline.errors import (
     ReplicaLostError,
     ServeError,
     SlowClientError,
-    UnknownModelError,
 )
+from pipeline.openai_api.http_errors import HttpError, coded_error, http_error
+from pipeline.openai_api.protocol import Call, Kind, read_call, unknown_model
+from pipeline.openai_api.responses import ID_PREFIXES, Answers, error_event
 from pipeline.serve.bodies import ClientGoneError, drop_rest, read_body
 from pipeline.serve.guard import CLIENT, REQUEST_ID, send_error, send_json
-from pipeline.serve.http_errors import HttpError, coded_error, http_error
 from pipeline.serve.in_flight import InFlight
 from pipeline.serve.limits import LimitsConfig
 from pipeline.serve.messages import Ask, Backend, Delta, Ended, Event, ModelCard, Refused, Started
-from pipeline.serve.protocol import Call, Kind, read_call
-from pipeline.serve.responses import ID_PREFIXES, Answers, error_event
 
 logger = logging.getLogger(__name__)
 CLIENT_GONE_STATUS = 499
-_MAX_LISTED_NAMES = 50
 _STREAM_HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache, no-store"),
@@ -83,12 +81,7 @@ class Service:
         """
         card = self.models.get(name)
         if card is None:
-            names = sorted(self.models)
-            more = f" and {len(names) - _MAX_LISTED_NAMES} more" if len(names) > _MAX_LISTED_NAMES else ""
-            raise UnknownModelError(
-                f"model {name[:100]!r} is not served here",
-                hint=f"The models are {', '.join(names[:_MAX_LISTED_NAMES])}{more}.",
-            )
+            raise unknown_model(name, self.models)
         return card
 
 
@@ -183,7 +176,8 @@ class _Exchange:
         deadline = call.timeout or self._service.limits.max_seconds
         seconds_left = max(deadline - (time.monotonic() - self._begun_at), 0.0)
         ask = Ask(self._answer_id, card.name, call.fields, call.options, call.is_streamed, seconds_left)
-        answers = self._answers = Answers(call, card, self._answer_id)
+        answers = Answers(call, self._answer_id, digest=card.digest, created=int(time.time()))
+        self._answers = answers
         timer = asyncio.timeout(seconds_left)
         try:
             async with _closing(self._service.backend.ask(ask)) as events, timer:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Sequence
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeline.errors import AuthenticationError, ExpertError, InvalidRequestError, ServeError
-from pipeline.serve.http_errors import HttpError, http_error
+from pipeline.openai_api.http_errors import HttpError, http_error
 from pipeline.serve.keys import KeyRing
 from pipeline.serve.limits import LimitsConfig
 

@@ -12,9 +12,9 @@ from pipeline.engine.requests import RequestBuilder
 from pipeline.engine.token_bytes import TokenBytes
 from pipeline.engine.types import Completion, Request
 from pipeline.errors import DeadlineError, ExpertError, PromptTooLongError
+from pipeline.openai_api.token_texts import TokenTexts, whole_text
 from pipeline.serve.cards import model_card
 from pipeline.serve.messages import Ask, Delta, Ended, Event, ModelCard, Refused, Started
-from pipeline.serve.token_texts import TokenTexts
 
 if TYPE_CHECKING:
     from pipeline.engine.packed import Handle, Piece
@@ -193,8 +193,7 @@ class LocalBackend:
 
     def _whole(self, run: "_Run", completion: Completion) -> Iterator[Event]:
         if completion.failure is None:
-            told = TokenTexts(self._token_bytes).of(completion.index, completion.text, completion.logprobs)
-            yield Delta(completion.text, completion.index, told)
+            yield whole_text(completion, self._token_bytes)
         yield run.end(completion)
 
 

@@ -4,7 +4,9 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from pipeline.engine.types import FinishReason
+from pipeline.openai_api.events import Delta, Ended, TokenText
+
+__all__ = ["Ask", "Backend", "Delta", "Ended", "Event", "ModelCard", "Refused", "Started", "TokenText"]
 
 
 @dataclass(frozen=True)
@@ -29,40 +31,10 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class TokenText:
-    """A generated token and its log probability; `top` holds the likeliest ones of that position, best first."""
-
-    text: str
-    utf8: bytes
-    logprob: float
-    top: tuple["TokenText", ...] = ()
-
-
-@dataclass(frozen=True)
 class Started:
     """The prompt is checked and waits for, or is in, the running batch. The first event, unless it is `Refused`."""
 
     prompt_tokens: int
-
-
-@dataclass(frozen=True)
-class Delta:
-    """Text that answer `index` has become certain of since its last one, and the log probabilities of its tokens."""
-
-    text: str
-    index: int = 0
-    logprobs: tuple[TokenText, ...] | None = None
-
-
-@dataclass(frozen=True)
-class Ended:
-    """Answer `index` is finished. With finish reason `error`, `code` and `message` say why."""
-
-    finish_reason: FinishReason
-    completion_tokens: int
-    index: int = 0
-    code: str | None = None
-    message: str | None = None
 
 
 @dataclass(frozen=True)

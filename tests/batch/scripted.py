@@ -15,8 +15,17 @@ from pipeline.errors import InvalidRequestError
 KILL, RAISE, HANG = "kill", "raise", "hang"
 
 
+class ScriptedTokenizer:
+    """A tokenizer without special tokens."""
+
+    added_tokens_decoder: Mapping[int, Any] = {}
+    all_special_ids: tuple[int, ...] = ()
+
+
 class ScriptedBuilder:
     """Makes requests whose tokens are the prompt's bytes; a prompt that is no text is that row's error."""
+
+    tokenizer: Any = ScriptedTokenizer()
 
     def __init__(self, expert: str | None = None) -> None:
         self._expert = expert

@@ -65,6 +65,7 @@ def test_defaults() -> None:
         **REQUIRED,
         "hive_partitions": True,
         "max_decompressed_bytes": 256 * 1024 * 1024,
+        "openai_models": "named",
         "output_prefix": "",
         "seed": 0,
         "shard_rows": 256,
@@ -125,7 +126,7 @@ def test_missing_options_are_all_named() -> None:
         ({"dataset": []}, "dataset: expected a path, glob pattern or URL, or a list of them, got an empty list"),
         ({"dataset": 5}, "dataset: expected a path, glob pattern or URL, or a list of them, got 5"),
         ({"dataset": ["a", ""]}, 'dataset[1]: expected a non-empty string, got ""'),
-        ({"format": "parquett"}, 'format: expected "parquet", "jsonl", "csv" or "arrow", got "parquett"'),
+        ({"format": "parquett"}, 'format: expected "parquet", "jsonl", "csv", "arrow" or "openai", got "parquett"'),
         ({"max_decompressed_bytes": 0}, "max_decompressed_bytes: expected a whole number of at least 1, got 0"),
         ({"hive_partitions": "no"}, 'hive_partitions: expected true or false, got "no"'),
         ({"prompt_template": 3}, "prompt_template: expected a text with names of columns in braces, got 3"),
@@ -134,7 +135,34 @@ def test_missing_options_are_all_named() -> None:
         ({"num_workers": 3, "max_workers": 2}, "max_workers: expected at least num_workers, which is 3, got 2"),
         ({"max_error_rate": 1.5}, "max_error_rate: expected a number from 0 to 1, got 1.5"),
         ({"output": ""}, 'output: expected a folder or URL, got ""'),
-        ({"output_format": "csv"}, 'output_format: expected "parquet" or "jsonl", got "csv"'),
+        ({"output_format": "csv"}, 'output_format: expected "parquet", "jsonl" or "openai", got "csv"'),
+        ({"output_format": "openai"}, "output_format: only for format openai"),
+        ({"openai_models": "any", "format": "jsonl"}, "openai_models: only for format openai"),
+        ({"openai_models": "all"}, 'openai_models: expected "named" or "any", got "all"'),
+        (
+            {"format": "openai", "output_format": "jsonl"},
+            "output_format: not for format openai, whose lines have a form of their own",
+        ),
+        (
+            {"format": "openai", "prompt_template": "{body}"},
+            "prompt_template: not for format openai, whose lines have a form of their own",
+        ),
+        (
+            {"format": "openai", "retry_errors": True},
+            "retry_errors: not for format openai: give the lines to be asked again in a file of their own",
+        ),
+        (
+            {"format": "openai", "openai_models": "any", "expert": None, "experts": {"a": "a.expert"}},
+            "openai_models: any needs `expert`, which answers for the other models",
+        ),
+        (
+            {"format": "openai", "output_prefix": "a"},
+            "output_prefix: not for format openai, whose lines have a form of their own",
+        ),
+        (
+            {"format": "openai", "columns": {"prompt": "body"}},
+            "columns: not for format openai, whose lines have a form of their own",
+        ),
         (
             {"output_prefix": "../a"},
             "output_prefix: expected a string of at most 100 letters, digits, '.', '_' and '-', the first no '.' or "
@@ -602,6 +630,18 @@ def test_example_with_everything_switched_on_is_valid_and_has_every_key(tmp_path
     assert values["storage_options"]
 
 
+@pytest.mark.parametrize("options", [{}, {"output_format": "openai"}, {"openai_models": "any"}, {"columns": None}])
+def test_batch_files_of_openai_are_a_format_in_and_out(options: dict[str, Any]) -> None:
+    config = BatchConfig.from_options(**REQUIRED, format="openai", **options)
+    assert config.output_format == options.get("output_format")
+
+
+def test_the_example_for_batch_files_is_valid(tmp_path: Path) -> None:
+    config = load_config(EXAMPLE.with_name("openai-batch.yaml"))
+    assert (config.format, config.openai_models) == ("openai", "named")
+    assert Path(config.expert).name.startswith("expert-sql-")
+
+
 # ---- columns ----
 
 
@@ -649,6 +689,12 @@ def test_dataset_without_prompts_is_refused(available: list[str], listed: str) -
     with pytest.raises(DatasetError, match="neither a column `prompt` nor a column `messages`") as caught:
         resolve_columns(ColumnsConfig(), available)
     assert caught.value.details[0].endswith(listed)
+
+
+def test_a_batch_file_of_openai_is_told_to_be_one() -> None:
+    with pytest.raises(DatasetError, match="neither a column `prompt` nor a column `messages`") as caught:
+        resolve_columns(ColumnsConfig(), ["custom_id", "method", "url", "body"])
+    assert "set format: openai" in caught.value.hint
 
 
 def test_a_row_may_bring_its_own_sampling_options() -> None:

@@ -38,6 +38,13 @@ def test_the_first_writer_wins(storage):
     assert not storage.exists("a/b.txt")
 
 
+def test_content_may_come_from_a_file(storage, tmp_path):
+    (tmp_path / "source").write_bytes(b"a" * 3_000_000)
+    assert storage.create_from_file("a", str(tmp_path / "source"))
+    assert storage.read("a") == b"a" * 3_000_000
+    assert not storage.create_from_file("a", str(tmp_path / "source"))
+
+
 def test_nothing_of_an_attempt_stays(tmp_path):
     storage = LocalStorage(str(tmp_path))
     storage.create("a", b"1")

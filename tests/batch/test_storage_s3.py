@@ -167,6 +167,15 @@ def test_the_first_writer_wins(storage):
     assert storage.list() == {}
 
 
+def test_content_may_come_from_a_file(storage, tmp_path):
+    (tmp_path / "source").write_bytes(b"a" * 3_000_000)
+    (tmp_path / "empty").touch()
+    assert storage.create_from_file("a", str(tmp_path / "source"))
+    assert not storage.create_from_file("a", str(tmp_path / "empty"))
+    assert storage.create_from_file("empty", str(tmp_path / "empty"))
+    assert storage.list() == {"a": 3_000_000, "empty": 0}
+
+
 def test_what_others_write_is_seen_at_once(storage, options):
     assert storage.list() == {}
     assert not storage.exists("x")

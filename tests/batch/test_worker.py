@@ -12,13 +12,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.batch.answering import Answering, EngineJob, JobExpert, LoadedEngine, Loader
+from pipeline.batch.answering import UNNAMED, Answering, EngineJob, JobExpert, LoadedEngine, Loader
 from pipeline.batch.blocks import shard_blocks
 from pipeline.batch.commit import JobOutput
-from pipeline.batch.config import ColumnsConfig, resolve_columns
+from pipeline.batch.config import ColumnsConfig, ResolvedColumns, resolve_columns
 from pipeline.batch.local_storage import LocalStorage
-from pipeline.batch.parts import plan_part_format
+from pipeline.batch.openai_answers import OpenAIRules
+from pipeline.batch.parts import PartFormat, plan_part_format
 from pipeline.batch.receipts import Receipt
+from pipeline.batch.row_answers import RowAnswers
 from pipeline.batch.rows import Row
 from pipeline.batch.shards import ShardPlan
 from pipeline.batch.source import plan_shards
@@ -123,6 +125,34 @@ def test_a_row_that_ends_its_worker_becomes_an_error_row(tmp_path: Path, fate: s
     assert {row["expert"] for row in rows} == {"expert-None@1"}
 
 
+def test_a_line_that_ends_its_worker_becomes_an_error_line(tmp_path: Path) -> None:
+    lines = [
+        {
+            "custom_id": f"request-{number}",
+            "method": "POST",
+            "url": "/v1/completions",
+            "body": {"model": "any", "prompt": KILL if number == 7 else f"row {number}"},
+        }
+        for number in range(20)
+    ]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plan = plan_shards(str(tmp_path / "in.jsonl"), shard_rows=40)
+    output = JobOutput(LocalStorage(str(tmp_path / "out")), {}, "openai", len(plan.shards))
+    output.begin()
+    engine = EngineJob((expert(None),), "base", ResolvedColumns())
+    form = PartFormat("openai", plan.schema, is_loose=True)
+    rules = OpenAIRules({}, UNNAMED, {UNNAMED: "sha"}, "f00")
+    job = Job(plan, WorkerJob(engine, output, form, is_resumed=True, load=load_deadly, openai=rules))
+    assert lives_until_done(job) == 5
+    answers = [json.loads(line) for line in output.storage.read("part-00000.jsonl").splitlines()]
+    assert [answer["custom_id"] for answer in answers] == [line["custom_id"] for line in lines]
+    assert answers[7]["response"]["status_code"] == 500
+    assert answers[7]["response"]["body"]["error"]["code"] == "row_kills_worker"
+    others = [answer for answer in answers if answer is not answers[7]]
+    assert {answer["response"]["status_code"] for answer in others} == {200}
+    assert others[7]["response"]["body"]["choices"][0]["text"] == ":ROW 8"
+
+
 def test_a_worker_lost_by_chance_costs_no_row(tmp_path: Path) -> None:
     """A note of another life, as a machine that was taken away leaves it: the shard is tried alone, and answered."""
     job = make_job(tmp_path, {"prompt": ["a", "b"]}, load=load_scripted)
@@ -212,9 +242,10 @@ def test_there_is_progress_only_while_rows_are_answered(tmp_path: Path) -> None:
             seen.append(answering.progress())
 
     job = make_job(tmp_path, {"prompt": ["a"]}, load=load_scripted)
-    answering = Answering(job.told.engine, LoadedEngine(Watched(), {None: ScriptedBuilder()}), job.told.part_format)
+    form = RowAnswers(job.told.engine, {None: ScriptedBuilder()}, job.told.part_format)
+    answering = Answering(Watched(), form)
     rows = [Row(f"x#{number}", {"prompt": prompt}, None) for number, prompt in enumerate(["a", 5])]
-    completions = answering.answer(rows)
+    completions = [answered.completion for answered in answering.answer(rows)]
     assert [one.finish_reason for one in completions if one is not None] == ["stop", "error"]
     assert seen[0] is not None
     assert answering.progress() is None

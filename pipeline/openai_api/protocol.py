@@ -1,20 +1,20 @@
-"""OpenAI's request bodies, and our extra fields, read into what a replica is asked.
+"""OpenAI's request bodies, and our extra fields, read into what an engine is asked.
 
 Options, their defaults and their bounds are the engine's own: see `pipeline.engine.requests`.
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, Protocol
 
 from pipeline.engine.requests import CONSTRAINTS, OPTION_NAMES, override_params
 from pipeline.engine.strict_json import InvalidJsonError, parse_object
 from pipeline.engine.types import SamplingParams
-from pipeline.errors import InvalidRequestError
-from pipeline.serve.limits import LimitsConfig
+from pipeline.errors import InvalidRequestError, UnknownModelError
 
 Kind = Literal["chat", "text"]
+ROUTES: Mapping[str, Kind] = {"/v1/chat/completions": "chat", "/v1/completions": "text"}
 TEXT_FIELDS = ("schema", "dialect", "system")
 _SHARED_FIELDS = ("model", "stream", "stream_options", "user", "timeout", *TEXT_FIELDS)
 FIELDS: Mapping[Kind, frozenset[str]] = {
@@ -38,8 +38,25 @@ _PLAIN_OPTIONS = tuple(name for name in OPTION_NAMES if name not in _READ_HERE)
 _MESSAGE_FIELDS = frozenset(("role", "content"))
 _NOT_SUPPORTED = "is not supported"
 _MAX_NAMED = 5
+_MAX_LISTED_NAMES = 50
 _MAX_NAME_CHARACTERS = 64
 _MAX_USER_CHARACTERS = 512
+
+
+class CallLimits(Protocol):
+    """What a body may ask for."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens of each answer."""
+
+    @property
+    def max_answers(self) -> int:
+        """Most answers (`n`)."""
+
+    @property
+    def max_seconds(self) -> float:
+        """Longest `timeout`."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +66,8 @@ class Call:
     Args:
         kind: Which route it came by, and so the shape of its answer.
         model: The expert that is asked for.
-        fields: See `messages.Ask`.
-        options: See `messages.Ask`.
+        fields: `prompt`, `messages`, `schema`, `dialect`, `system`, as `RequestBuilder.build` takes them.
+        options: Any of `pipeline.engine.requests.OPTION_NAMES`, as a batch row has them.
         num_answers: How many answers will come.
         has_logprobs: Whether they come with log probabilities.
         is_streamed: Whether text is sent as it comes.
@@ -69,7 +86,7 @@ class Call:
     timeout: float | None = None
 
 
-def read_call(kind: Kind, body: bytes, limits: LimitsConfig) -> Call:
+def read_call(kind: Kind, body: bytes, limits: CallLimits) -> Call:
     """Check the body of a request.
 
     Args:
@@ -82,9 +99,24 @@ def read_call(kind: Kind, body: bytes, limits: LimitsConfig) -> Call:
             with the name of the field.
     """
     try:
-        given = {name: value for name, value in parse_object(body).items() if value is not None}
+        values = parse_object(body)
     except InvalidJsonError as error:
         raise InvalidRequestError(f"the body is {_cause(error)}", hint="Send one JSON object in UTF-8.") from error
+    return check_call(kind, values, limits)
+
+
+def check_call(kind: Kind, values: Mapping[str, Any], limits: CallLimits) -> Call:
+    """Check a body that is read already.
+
+    Args:
+        kind: As for `read_call`.
+        values: Its fields, from strict JSON; null is as good as left out.
+        limits: As for `read_call`.
+
+    Raises:
+        InvalidRequestError: As `read_call`.
+    """
+    given = {name: value for name, value in values.items() if value is not None}
     _refuse_unsupported(kind, given)
     model = given.get("model")
     if not isinstance(model, str) or not model:
@@ -109,6 +141,20 @@ def read_call(kind: Kind, body: bytes, limits: LimitsConfig) -> Call:
         includes_usage=_includes_usage(given.get("stream_options"), is_streamed=is_streamed),
         timeout=_timeout(given.get("timeout"), limits),
     )
+
+
+def unknown_model(name: str, names: Iterable[str], *, hint: str = "") -> UnknownModelError:
+    """The error of a body whose `model` is none of ours.
+
+    Args:
+        name: What it asks for.
+        names: What it may ask for.
+        hint: What else can be done, as a sentence.
+    """
+    known = sorted(names)
+    more = f" and {len(known) - _MAX_LISTED_NAMES} more" if len(known) > _MAX_LISTED_NAMES else ""
+    listed = f"The models are {', '.join(known[:_MAX_LISTED_NAMES])}{more}."
+    return UnknownModelError(f"model {name[:100]!r} is not served here", hint=f"{listed} {hint}".rstrip())
 
 
 def field_of(message: str) -> str | None:
@@ -247,7 +293,7 @@ def _includes_usage(value: Any, *, is_streamed: bool) -> bool:
     return _truth("stream_options.include_usage", value.get("include_usage") or False)
 
 
-def _timeout(value: Any, limits: LimitsConfig) -> float | None:
+def _timeout(value: Any, limits: CallLimits) -> float | None:
     if value is None:
         return None
     is_number = isinstance(value, int | float) and not isinstance(value, bool)

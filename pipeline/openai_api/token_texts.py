@@ -4,8 +4,8 @@ from collections import defaultdict, deque
 from collections.abc import Iterable
 
 from pipeline.engine.token_bytes import TokenBytes
-from pipeline.engine.types import TokenLogprob
-from pipeline.serve.messages import TokenText
+from pipeline.engine.types import Completion, TokenLogprob
+from pipeline.openai_api.events import Delta, TokenText
 
 
 class TokenTexts:
@@ -46,6 +46,17 @@ class TokenTexts:
     def _text(self, token_id: int, logprob: float, top: tuple[TokenText, ...] = ()) -> TokenText:
         utf8 = self._token_bytes[token_id]
         return TokenText(utf8.decode("utf-8", "replace"), utf8, logprob, top)
+
+
+def whole_text(completion: Completion, token_bytes: TokenBytes) -> Delta:
+    """All that an answer says, once it is finished.
+
+    Args:
+        completion: The answer; it has not failed.
+        token_bytes: Of the tokenizer.
+    """
+    told = TokenTexts(token_bytes).of(completion.index, completion.text, completion.logprobs)
+    return Delta(completion.text, completion.index, told)
 
 
 class _Answer:

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from pipeline.engine.requests import OPTION_NAMES
 from pipeline.engine.types import MAX_ANSWERS, MAX_LOGPROBS, MAX_STOP_STRINGS
 from pipeline.errors import InvalidRequestError
-from pipeline.serve.http_errors import http_error
+from pipeline.openai_api.http_errors import http_error
+from pipeline.openai_api.protocol import Call, Kind, field_of, read_call
 from pipeline.serve.limits import LimitsConfig
-from pipeline.serve.protocol import Call, Kind, field_of, read_call
 
 HELLO = [{"role": "user", "content": "hello"}]
 

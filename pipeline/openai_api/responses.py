@@ -1,17 +1,16 @@
-"""A replica's events in the shapes of OpenAI's answers: one whole body, or the chunks of a stream.
+"""What is told of answers in the shapes of OpenAI's: one whole body, or the chunks of a stream.
 
 Source: OpenAI's API reference (chat.completion, chat.completion.chunk, text_completion).
 """
 
 import json
 import math
-import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from pipeline.serve.http_errors import HttpError
-from pipeline.serve.messages import Delta, Ended, ModelCard, TokenText
-from pipeline.serve.protocol import Call, Kind
+from pipeline.openai_api.events import Delta, Ended, TokenText
+from pipeline.openai_api.http_errors import HttpError
+from pipeline.openai_api.protocol import Call, Kind
 
 DONE = b"data: [DONE]\n\n"
 _MIN_LOGPROB = -9999.0  # what OpenAI says for a token of no probability: JSON has no infinity
@@ -28,20 +27,21 @@ class Answers:
 
     Args:
         call: What was asked for.
-        card: The expert that answers.
         answer_id: What a client may name the answers by.
+        digest: The sha256 of the package that answers.
+        created: When they were asked for, in seconds since 1970.
     """
 
-    def __init__(self, call: Call, card: ModelCard, answer_id: str) -> None:
+    def __init__(self, call: Call, answer_id: str, *, digest: str, created: int) -> None:
         self.prompt_tokens = 0
         self.completion_tokens = 0
         self._call = call
         self._whole, chunk = _OBJECTS[call.kind]
         self._head = {
             "id": answer_id,
-            "created": int(time.time()),
+            "created": created,
             "model": call.model,
-            "system_fingerprint": f"fp_{card.digest[:12]}",
+            "system_fingerprint": f"fp_{digest[:12]}",
         }
         head = _encode({"object": chunk, **self._head})
         self._chunk_head = f'data: {head[:-1]},"choices":['
@@ -67,8 +67,12 @@ class Answers:
 
     def body(self) -> bytes:
         """The whole answer, as JSON."""
+        return json_bytes(self.content())
+
+    def content(self) -> dict[str, Any]:
+        """The whole answer, as plain values."""
         choices = [self._whole_choice(index, answer) for index, answer in enumerate(self._answers)]
-        return _encode({"object": self._whole, **self._head, "choices": choices, "usage": self._usage()}).encode()
+        return {"object": self._whole, **self._head, "choices": choices, "usage": self._usage()}
 
     def delta_chunk(self, delta: Delta) -> bytes:
         """The event that carries text; before the first text of a chat answer, the one that says who speaks."""
@@ -145,28 +149,6 @@ class _Answer:
 def error_event(error: HttpError) -> bytes:
     """The event that ends a stream whose answer is lost; OpenAI's clients raise it."""
     return b"data: " + error.body + b"\n\n"
-
-
-def model_body(card: ModelCard, created: int) -> dict[str, Any]:
-    """An expert as `GET /v1/models/{name}` shows it.
-
-    Args:
-        card: The expert.
-        created: When the service came to know it, in seconds since 1970.
-    """
-    return {
-        "id": card.name,
-        "object": "model",
-        "created": created,
-        "owned_by": "expert-pipeline",
-        "base": card.base,
-        "version": card.version,
-        "digest": card.digest,
-        "kind": card.kind,
-        "description": card.description,
-        "takes_schema": card.takes_schema,
-        "dialects": list(card.dialects),
-    }
 
 
 def json_bytes(value: Any) -> bytes:

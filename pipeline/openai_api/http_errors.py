@@ -3,9 +3,10 @@
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from pipeline import errors
-from pipeline.serve.protocol import field_of
+from pipeline.openai_api.protocol import field_of
 
 MAX_MESSAGE_CHARACTERS = 500
 _STATUSES: Mapping[type[errors.ExpertError], int] = {
@@ -50,6 +51,12 @@ class HttpError:
     headers: Mapping[str, str] = field(default_factory=dict)
     reason: str | None = None
 
+    @property
+    def content(self) -> dict[str, Any]:
+        """The body, as plain values."""
+        content: dict[str, Any] = json.loads(self.body)
+        return content
+
 
 def http_error(error: errors.ExpertError, *, status: int | None = None, retry_after: int = 1) -> HttpError:
     """Put an error into OpenAI's shape.
@@ -63,12 +70,24 @@ def http_error(error: errors.ExpertError, *, status: int | None = None, retry_af
 
 
 def coded_error(
-    code: str, message: str, hint: str | None = None, *, status: int | None = None, retry_after: int = 1
+    code: str,
+    message: str,
+    hint: str | None = None,
+    *,
+    status: int | None = None,
+    retry_after: int = 1,
+    hides_inside: bool = True,
 ) -> HttpError:
-    """The same, for an error that came from another process as its code and its words."""
+    """The same, for an error that came from another process as its code and its words.
+
+    Args:
+        code, message, hint: Of the error.
+        status, retry_after: As for `http_error`.
+        hides_inside: Whether the words of an error of ours are kept from the client, and are for the log alone.
+    """
     status = status or _BY_CODE.get(code, 500)
     reason = None
-    if status == 500:
+    if status == 500 and hides_inside:
         reason, message, hint = message, _INTERNAL, None
     text = message if len(message) <= MAX_MESSAGE_CHARACTERS else f"{message[:MAX_MESSAGE_CHARACTERS]}..."
     sentence = text[:1].upper() + text[1:] if field_of(text) is None else text

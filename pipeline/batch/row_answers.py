@@ -1,0 +1,109 @@
+"""The rows of a dataset as requests, and their answers as rows: which expert, fields, options and seed."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.batch.answering import Asked, Builder, EngineJob, JobExpert, row_seed
+from pipeline.batch.parts import AnsweredRow, PartFormat, encode_part
+from pipeline.batch.rows import Row
+from pipeline.batch.shard_stats import ShardStats, shard_stats
+from pipeline.batch.template import PromptTemplate
+from pipeline.engine.types import Completion, Failure, Request
+from pipeline.errors import ExpertError, InvalidRequestError, UnknownModelError
+
+FIELDS = ("prompt", "messages", "schema", "system", "dialect")
+
+
+class RowAnswers:
+    """Answers rows by `AnsweredRow`s; see `answering.AnswerForm`.
+
+    Args:
+        job: How rows become requests.
+        builders: Of the requests of each expert, by the name that rows give.
+        form: How answers are written, and so which rows can be.
+    """
+
+    def __init__(self, job: EngineJob, builders: Mapping[str | None, Builder], form: PartFormat) -> None:
+        self._job = job
+        self._builders = builders
+        self._form = form
+        self._template = None if job.prompt_template is None else PromptTemplate.parse(job.prompt_template)
+        self._experts = {expert.name: expert for expert in job.experts}
+
+    def ask(self, request_id: str, row: Row) -> Asked[AnsweredRow]:
+        """What the engine is asked for a row; nothing where its answer could not be written."""
+        by = self.expert_of(row)
+
+        def answer(completions: Sequence[Completion]) -> AnsweredRow:
+            return AnsweredRow(row, completions[0] if completions else None, by)
+
+        if row.failure is not None or self._form.misfit(row.values) is not None:
+            return Asked(None, answer)
+        try:
+            return Asked(self._request(request_id, row), answer)
+        except ExpertError as error:
+            refused = self.fail(row, Failure(error.code, error.message))
+            return Asked(None, lambda _: refused)
+
+    def fail(self, row: Row, failure: Failure) -> AnsweredRow:
+        """The answer to a row that is given up."""
+        return AnsweredRow(row, Completion(row.identity, "", "error", 0, 0, failure), self.expert_of(row))
+
+    def encode(self, answers: Sequence[AnsweredRow], table: pa.Table) -> bytes:
+        """The part of a shard; see `parts.encode_part`."""
+        return encode_part(answers, self._form, table)
+
+    def stats(self, rows: Sequence[Row], answers: Sequence[AnsweredRow], seconds: float) -> ShardStats:  # noqa: ARG002
+        """How a shard was answered."""
+        return shard_stats(answers, self._form, seconds)
+
+    def expert_of(self, row: Row) -> JobExpert | None:
+        """The expert that a row names, or the one of rows that name none; None when there is no such expert."""
+        name = self._name(row)
+        return self._experts.get(name) if name is None or isinstance(name, str) else None
+
+    def _request(self, request_id: str, row: Row) -> Request:
+        columns = self._job.columns
+        expert = self.expert_of(row)
+        if expert is None:
+            raise _unknown_expert(self._name(row), [name for name in self._experts if name is not None])
+        fields: dict[str, Any] = {
+            name: row.values.get(column) for name in FIELDS if (column := getattr(columns, name)) is not None
+        }
+        if self._template is not None:
+            fields["prompt"] = self._template.render(row.values)
+        messages = fields.get("messages")
+        if isinstance(messages, str):
+            fields["messages"] = _messages_from_json(messages)
+        identity = row.values.get(columns.id) if columns.id is not None else None
+        seed = row_seed(self._job.seed, row.identity if identity is None else f"id:{identity}")
+        own = {option: row.values.get(column) for option, column in columns.sampling.items()}
+        options = {"seed": seed, **{option: value for option, value in own.items() if value is not None}}
+        return self._builders[expert.name].build(request_id, **fields, options=options)
+
+    def _name(self, row: Row) -> Any:
+        column = self._job.columns.expert
+        return None if column is None else row.values.get(column)
+
+
+def _unknown_expert(name: Any, names: Sequence[str]) -> ExpertError:
+    if name is None:
+        return InvalidRequestError(
+            "the row names no expert", hint="Name one, or give `expert` for the rows that name none."
+        )
+    hint = f"There are: {', '.join(names) or 'none'}."
+    if not isinstance(name, str):
+        return InvalidRequestError(f"the expert's name is a {type(name).__name__}, not text", hint=hint)
+    return UnknownModelError(f"there is no expert {name[:80]!r} in this job", hint=hint)
+
+
+def _messages_from_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InvalidRequestError(
+            f"messages is text that is not JSON: {error}", hint="Give a list of {role, content}, or that list as JSON."
+        ) from error
