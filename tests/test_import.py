@@ -23,6 +23,12 @@ def test_lower_rooms_know_no_ray(room: str) -> None:
     assert not modules_after(f"import pipeline.{room}") & {"torch", "ray", "transformers", "peft"}
 
 
+@pytest.mark.parametrize("modules", ["serve.gateway, pipeline.serve.app", "batch.run, pipeline.batch.worker"])
+def test_what_computes_nothing_knows_no_torch(modules: str) -> None:
+    """The gateway and the drivers: torch would be seconds of their start, and hundreds of megabytes."""
+    assert not modules_after(f"import pipeline.{modules}") & {"torch", "transformers", "peft"}
+
+
 def test_the_engine_runs_without_ray() -> None:
     assert "ray" not in modules_after("import pipeline.engine.runtime, pipeline.expert")
 

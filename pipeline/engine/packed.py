@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from pipeline.engine.adapters import AdapterBank
-from pipeline.engine.grammar import GrammarCompiler
+from pipeline.engine.grammar_compiler import GrammarCompiler
 from pipeline.engine.handle import Handle, Piece
 from pipeline.engine.loader import BaseModel, free_memory
 from pipeline.engine.runner import Runner

@@ -15,7 +15,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from pipeline.engine.choose import choose_tokens_
-from pipeline.engine.grammar import GrammarCompiler
+from pipeline.engine.grammar_compiler import GrammarCompiler
 from pipeline.engine.loader import BaseModel, free_memory
 from pipeline.engine.sequence import Sequence, failed, start
 from pipeline.engine.stats import EngineStats

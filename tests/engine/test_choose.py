@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.engine import Request, SamplingParams
 from pipeline.engine.choose import choose_tokens_
-from pipeline.engine.grammar import GrammarCompiler
+from pipeline.engine.grammar_compiler import GrammarCompiler
 from pipeline.engine.grammar_matcher import mask_grammars_
 from pipeline.engine.sampling import answer_seed, draw, uniform
 from pipeline.engine.sequence import Sequence, start
