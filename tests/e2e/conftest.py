@@ -25,7 +25,7 @@ def cluster() -> Iterator[None]:
         ray.shutdown()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # it listens as Ray does, which is not what tests of our own clusters should find
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     """A cluster of its own, for what is submitted and deployed from outside."""
     with ray_head(tmp_path_factory.mktemp("head")) as started:
