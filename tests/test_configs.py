@@ -15,7 +15,7 @@ from pipeline.batch.config_file import load_config
 
 PROJECT = Path(__file__).parents[1]
 CONFIGS = PROJECT / "configs"
-JOBS = ["batch.yaml", "demo.yaml", "local.yaml", "gpus.yaml", "spot.yaml", "s3.yaml"]
+JOBS = ["batch.yaml", "demo.yaml", "local.yaml", "gpus.yaml", "spot.yaml", "s3.yaml", "openai-batch.yaml"]
 RAYJOB, LAUNCHER = CONFIGS / "kubernetes" / "rayjob.yaml", CONFIGS / "cluster" / "aws.yaml"
 ENTRYPOINT = re.compile(r"python (jobs/\w+\.py) --config (configs/\w+\.yaml)((?: \w+=\w+)*)")
 

@@ -24,7 +24,7 @@ LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "0000000000000000000
 SCHEMA = "CREATE TABLE users (id INT, name TEXT, city TEXT);"
 APPLICATION = "serve-tests"
 LONG: dict[str, Any] = {"max_tokens": 800, "ignore_eos": True, "use_grammar": False, "stop": ["\0"]}
-SECONDS = 60.0
+SECONDS = 120.0
 CURL = shutil.which("curl") or "curl"
 
 
