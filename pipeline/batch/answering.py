@@ -15,8 +15,7 @@ from pipeline.batch.config import ResolvedColumns
 from pipeline.batch.rows import Row
 from pipeline.batch.shard_stats import ShardStats
 from pipeline.engine.types import Completion, Engine, Failure, Request
-from pipeline.errors import IntegrityError
-from pipeline.package import open_package
+from pipeline.package import open_planned
 
 if TYPE_CHECKING:
     from pipeline.engine.runtime import EngineName
@@ -159,14 +158,8 @@ def load_engine(job: EngineJob) -> LoadedEngine:
 
 
 def _open(expert: JobExpert, cache_dir: str | None) -> "ExpertPackage":
-    package = open_package(expert.package, cache_dir=None if cache_dir is None else Path(cache_dir))
-    if package.digest != expert.sha256:
-        raise IntegrityError(
-            f"{expert.package} is not the package the job was planned with",
-            details=(f"there {package.digest}, planned {expert.sha256}",),
-            hint="Do not replace a package while a job runs; start the job again in another output folder.",
-        )
-    return package
+    hint = "Do not replace a package while a job runs; start the job again in another output folder."
+    return open_planned(expert.package, expert.sha256, planned="the job", hint=hint, cache_dir=cache_dir)
 
 
 class EngineFailedError(Exception):

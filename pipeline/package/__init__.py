@@ -14,7 +14,7 @@ from pipeline.package.manifest import (
     Routing,
     SoftPrompt,
 )
-from pipeline.package.package import ExpertPackage, open_package
+from pipeline.package.package import ExpertPackage, open_package, open_planned
 
 __all__ = [
     "AdapterConfig",
@@ -30,6 +30,7 @@ __all__ = [
     "SoftPrompt",
     "model_digest",
     "open_package",
+    "open_planned",
     "pack",
     "resolve_base_model",
     "standard_file_name",

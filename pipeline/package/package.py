@@ -125,6 +125,31 @@ def open_package(
     raise PackageNotFoundError(f"nothing is at {source}", hint="Check the path of the .expert file.")
 
 
+def open_planned(
+    path: str | os.PathLike[str], sha256: str, *, planned: str, hint: str, cache_dir: str | None = None
+) -> ExpertPackage:
+    """Open a package in another process than the one that planned with it, and see that it is the same one.
+
+    Args:
+        path: As for `open_package`.
+        sha256: The digest of the package that was planned with.
+        planned: What was planned, for the message: `the job`.
+        hint: What to do when it is another package.
+        cache_dir: As for `open_package`.
+
+    Raises:
+        LoadError: It cannot be used; IntegrityError where it is another.
+    """
+    package = open_package(path, cache_dir=None if cache_dir is None else Path(cache_dir))
+    if package.digest != sha256:
+        raise IntegrityError(
+            f"{os.fspath(path)} is not the package {planned} was planned with",
+            details=(f"there {package.digest}, planned {sha256}",),
+            hint=hint,
+        )
+    return package
+
+
 def _build(entry: CacheEntry, source: str, base_index: int = 0) -> ExpertPackage:
     name = url_file_name(source) if is_url(source) else Path(source).name or source
     records = {record.path: record for record in entry.files}

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from ray import serve
 
-from pipeline.errors import InferenceError, IntegrityError
-from pipeline.package import ExpertPackage, open_package
+from pipeline.errors import InferenceError
+from pipeline.package import ExpertPackage, open_planned
 from pipeline.serve.messages import Ask, Event
 from pipeline.serve.replica_metrics import ReplicaMetrics
 
@@ -215,14 +215,8 @@ def open_staged(expert: StagedExpert, cache_dir: str | None) -> ExpertPackage:
     Raises:
         LoadError: It cannot be used; IntegrityError where it is another.
     """
-    package = open_package(expert.package, cache_dir=None if cache_dir is None else Path(cache_dir))
-    if package.digest != expert.sha256:
-        raise IntegrityError(
-            f"{expert.package} is not the package the service was planned with",
-            details=(f"there {package.digest}, planned {expert.sha256}",),
-            hint="Do not replace a package while a service runs; deploy the service again.",
-        )
-    return package
+    hint = "Do not replace a package while a service runs; deploy the service again."
+    return open_planned(expert.package, expert.sha256, planned="the service", hint=hint, cache_dir=cache_dir)
 
 
 async def _the_same(name: str) -> str:
