@@ -5,11 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 
-# A deadline would measure how busy the machine is, not the code; examples are the same on every run.
-settings.register_profile("tests", deadline=None, derandomize=True, print_blob=True)
-settings.load_profile("tests")
+from tests.profiles import load_profile
+
+load_profile()
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

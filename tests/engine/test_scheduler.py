@@ -1,4 +1,4 @@
-"""Who runs next: ten thousand random histories on a device of lists, and each rule by an example."""
+"""Who runs next: random histories on a device of lists, and each rule by an example."""
 
 import gc
 import random
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline.engine.scheduler import MATES, ROOM_AHEAD, Entry, Prefix, Scheduler, Step
 from pipeline.engine.slots import Slot, slot_size
+from tests.profiles import num_examples
 
 EXPERTS = (None, "extract", "sql")
 
@@ -245,10 +246,10 @@ class History:
 
 
 @pytest.mark.parametrize("few", [True, False])
-@settings(max_examples=5_000, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+@settings(max_examples=num_examples(250, 5_000), suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 @given(seed=st.integers(0, 2**40), num_requests=st.integers(1, 9))
 def test_random_histories(few: bool, seed: int, num_requests: int) -> None:
-    """Ten thousand of them: half with a few requests, half with many at once."""
+    """Half with a few requests, half with many at once; ten thousand in all with the profile `full`."""
     History(random.Random(seed), num_requests if few else num_requests + 6).play()
 
 
