@@ -20,6 +20,7 @@ from pipeline.serve.messages import ModelCard
 from pipeline.serve.replica import ExpertReplica, ReplicaJob, StagedExpert
 
 HEALTH_SECONDS = 5.0
+COUNTS_PER_LOOK_BACK = 3  # of what is under way, as Serve's own defaults have it
 MOST_STARTS = 3  # of replicas that fail while they start: it is nearly always the configuration
 
 
@@ -83,6 +84,8 @@ def replica_application(config: ServeConfig, group: ReplicaGroup) -> serve.Appli
                 "target_ongoing_requests": replicas.target_ongoing_requests,
                 "upscale_delay_s": replicas.upscale_delay_seconds,
                 "downscale_delay_s": replicas.downscale_delay_seconds,
+                "look_back_period_s": replicas.look_back_seconds,
+                "metrics_interval_s": replicas.look_back_seconds / COUNTS_PER_LOOK_BACK,
             }
         }
     deployed = serve.deployment(

@@ -66,6 +66,12 @@ class ReplicasConfig(BaseModel):
     downscale_delay_seconds: float = Field(
         120.0, ge=0, allow_inf_nan=False, description="How long there is too little to do before one is taken away."
     )
+    look_back_seconds: float = Field(
+        30.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Over how long the load is averaged; it is counted three times in that time.",
+    )
     drain_seconds: float = Field(
         60.0, ge=0, allow_inf_nan=False, description="How long one that is to end may go on with what it has begun."
     )

@@ -1,11 +1,13 @@
 """A real Ray of two cores, started once for the tests of this folder and ended with them."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pipeline import demo
+from pipeline import BatchResult, demo, run_batch
 from pipeline.demo.questions import write_questions
 from tests.e2e.heads import Head, ray_head
 
@@ -39,12 +41,24 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def job_options(questions: Path) -> dict[str, object]:
+def job_options(questions: Path) -> dict[str, Any]:
     """What `run_batch` is given throughout: the demo's SQL expert, in small shards."""
     return {
         "dataset": str(questions),
         "expert": demo.package("sql"),
         "base_model": demo.BASE_MODEL,
-        "shard_rows": 32,
+        "shard_rows": 16,
         "progress": False,
     }
+
+
+@pytest.fixture(scope="session")
+def answered(cluster: None, job_options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> BatchResult:
+    """That job, undisturbed; tests only read its output."""
+    return run_batch(**job_options, output=tmp_path_factory.mktemp("answers") / "out")
+
+
+@pytest.fixture
+def copied(answered: BatchResult, tmp_path: Path) -> Path:
+    """A copy of its output, to spoil."""
+    return shutil.copytree(answered.output, tmp_path / "out")

@@ -5,7 +5,6 @@ import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -33,6 +32,14 @@ def options(**changes: Any) -> dict[str, Any]:
     return {"experts": experts, "base_model": str(demo.BASE_MODEL), "dtype": "float32", **changes}
 
 
+# Of three experts two are held at a time, and one of them always.
+FEW_RESIDENT = options(
+    experts=[{**expert, "pin": expert["name"] == "sql"} for expert in options()["experts"]],
+    max_resident_experts=2,
+    replicas={"num_cpus": 0.5},
+)
+
+
 class Service:
     """An application of this process's Serve.
 
@@ -46,6 +53,7 @@ class Service:
         self._port = port
         self._name = name
         self._deployment = ""
+        self._fields: dict[str, Any] = {}
 
     def deploy(self, fields: Mapping[str, Any]) -> None:
         """Deploy, or deploy again; returns when it runs.
@@ -61,6 +69,24 @@ class Service:
         plan = plan_service(ServeConfig.from_options({**fields, "port": self._port}))
         serve.run(build_application(plan), name=self._name, route_prefix="/")
         self._deployment = plan.groups[0].name
+        self._fields = dict(fields)
+
+    def offer(self, fields: Mapping[str, Any]) -> None:
+        """Deploy, unless that is what runs."""
+        if fields != self._fields:
+            self.deploy(fields)
+
+    @property
+    def handle(self) -> Any:
+        """Of the deployment of replicas."""
+        from ray import serve
+
+        return serve.get_deployment_handle(self._deployment, self._name)
+
+    @property
+    def replica_title(self) -> str:
+        """How the processes of the replicas are called."""
+        return f"ray::ServeReplica:{self._name}:ExpertReplica"
 
     def pids(self) -> dict[str, int]:
         """The processes of the replicas that run, by the replica's id, as each has told Serve."""
@@ -79,10 +105,7 @@ class Service:
 
     def stats(self) -> Any:
         """What the engine of a replica is doing."""
-        from ray import serve
-
-        handle = serve.get_deployment_handle(self._deployment, self._name)
-        return handle.stats.remote().result(timeout_s=SECONDS)
+        return self.handle.stats.remote().result(timeout_s=SECONDS)
 
     def is_idle(self) -> bool:
         """Whether the engine has nothing to do."""
@@ -105,16 +128,14 @@ class Service:
 
 
 @contextmanager
-def serving(name: str, fields: Mapping[str, Any]) -> Iterator[Service]:
-    """A Serve with one application, ended on leaving; the cluster stays."""
+def serving(name: str) -> Iterator[Service]:
+    """A Serve for one application, ended on leaving; the cluster stays."""
     from ray import serve
 
     port = free_port()
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
     try:
-        service = Service(port, name)
-        service.deploy(fields)
-        yield service
+        yield Service(port, name)
     finally:
         serve.shutdown()
 
@@ -172,11 +193,3 @@ class Load:
                 self.num_answered += 1
             else:
                 self.failures.append(f"{reply.status} {reply.error} {reply.texts}")
-
-
-def expert_serve(port: int, *more: str) -> list[str | Path]:
-    """The command that serves the demo's packages."""
-    from tests.e2e.processes import BIN
-
-    packages = [demo.package(task) for task in demo.TASKS]
-    return [BIN / "expert", "serve", *packages, "--base-model", demo.BASE_MODEL, "--port", str(port), *more]

@@ -6,9 +6,7 @@ import socket
 import pytest
 
 from pipeline.batch.cluster import connect
-from tests.e2e.processes import BIN, descendants, listening_addresses, run
-
-LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+from tests.e2e.processes import BIN, LOOPBACK, descendants, listening_addresses, run
 
 
 @pytest.mark.usefixtures("cluster")

@@ -1,12 +1,13 @@
 """Rows 79 to 86 of the hostile inputs, all in one job: each is answered or is a row with an error, and none is lost."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline import run_batch
+from pipeline import BatchResult, run_batch
 from pipeline.batch.jsonl_files import HEAD_BYTES
 from pipeline.errors import InvalidRequestError, PromptTooLongError
 
@@ -43,13 +44,14 @@ ROWS: dict[str, tuple[dict[str, Any], str | None, str]] = {
 LINES = {
     "83 half a surrogate": ('{"prompt": "\\ud800"}', "invalid_row", "half a surrogate"),
     "89 invalid JSON": ('{"prompt": ', "invalid_row", "not JSON"),
+    "89 no object": ("[1, 2]", "invalid_row", "object"),
 }
 CASES = [*ROWS, *LINES]
 
 
 @pytest.fixture(scope="module")
-def answered(job_options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The rows of the job's output."""
+def job(job_options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> BatchResult:
+    """All of them, with a plain row before and after them."""
     folder = tmp_path_factory.mktemp("hostile")
     plain = {"id": "plain", "prompt": ASKED, "schema": SCHEMA}
     # What the first lines hold are the dataset's columns, and `text` must not be among them.
@@ -58,15 +60,23 @@ def answered(job_options: dict[str, Any], tmp_path_factory: pytest.TempPathFacto
     odd = [line for line, _, _ in LINES.values()]
     lines = [json.dumps(plain), padding, *rows, *odd, json.dumps(plain)]
     (folder / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    result = run_batch(**{**job_options, "dataset": str(folder / "rows.jsonl")}, output=folder / "out")
-    written = [json.loads(line) for part in result.parts for line in Path(part).read_bytes().splitlines()]
+    return run_batch(**{**job_options, "dataset": str(folder / "rows.jsonl")}, output=folder / "out")
+
+
+@pytest.fixture(scope="module")
+def answered(job: BatchResult) -> list[dict[str, Any]]:
+    """The rows of the job's output."""
+    written = [json.loads(line) for part in job.parts for line in Path(part).read_bytes().splitlines()]
     first, _, *middle, last = written
     assert first["text"] == last["text"] == ANSWER, "the rows beside them are answered as ever"
     return middle
 
 
-def test_every_row_is_there(answered: list[dict[str, Any]]) -> None:
-    assert len(answered) == len(CASES)
+def test_every_row_is_there_and_every_error_is_counted(job: BatchResult, answered: list[dict[str, Any]]) -> None:
+    assert len(answered) == len(CASES) == len(job.to_pandas()) - 3
+    wanted = Counter(code for _, code, _ in (*ROWS.values(), *LINES.values()) if code is not None)
+    assert job.report.errors_by_code == wanted
+    assert job.report.errors == wanted.total()
 
 
 @pytest.mark.parametrize("case", CASES)

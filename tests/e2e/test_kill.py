@@ -1,35 +1,24 @@
 """The driver or a worker killed half way: every row once, and the same bytes as if undisturbed."""
 
 import os
-import re
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from typer.testing import CliRunner
 
-from pipeline import demo
+from pipeline import BatchResult, run_batch
+from pipeline.batch import run_config
+from pipeline.batch.config_file import load_config
 from pipeline.batch.local_storage import LocalStorage
 from pipeline.batch.status import output_status
 from pipeline.batch.verify import verify
-from tests.e2e.processes import BIN, descendants, run, running, wait_until
-
-
-@pytest.fixture
-def config(questions: Path, tmp_path: Path) -> Path:
-    path = tmp_path / "job.yaml"
-    options = {
-        "dataset": str(questions),
-        "expert": str(demo.package("sql")),
-        "base_model": str(demo.BASE_MODEL),
-        "output": str(tmp_path / "killed"),
-        "shard_rows": 16,
-        "batch_size": 8,
-        "ray_address": "local",
-    }
-    path.write_text(yaml.safe_dump(options))
-    return path
+from pipeline.cli import app
+from tests.e2e.processes import BIN, descendants, running, wait_until
 
 
 def num_parts(folder: Path) -> int:
@@ -40,12 +29,14 @@ def ids(folder: Path) -> list[str]:
     return [row for path in sorted(folder.glob("part-*.parquet")) for row in pq.read_table(path)["id"].to_pylist()]
 
 
-@pytest.mark.timeout(400)
-def test_sigkill_half_way_and_again(config: Path, questions: Path, tmp_path: Path) -> None:
-    command = [BIN / "expert", "run", config]
-    killed = tmp_path / "killed"
-
-    with running(command, tmp_path / "log") as driver:
+def test_a_driver_killed_half_way_and_again(
+    answered: BatchResult, job_options: dict[str, Any], questions: Path, tmp_path: Path
+) -> None:
+    killed, config = tmp_path / "killed", tmp_path / "job.yaml"
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in job_options.items()}
+    del options["progress"]
+    config.write_text(yaml.safe_dump({**options, "output": str(killed), "batch_size": 8, "ray_address": "local"}))
+    with running([BIN / "expert", "run", config], tmp_path / "log") as driver:
         assert wait_until(lambda: num_parts(killed) >= 6 or driver.poll() is not None, seconds=150), "no progress"
         assert driver.poll() is None, (tmp_path / "log").read_text()
         os.kill(driver.pid, signal.SIGKILL)
@@ -57,42 +48,36 @@ def test_sigkill_half_way_and_again(config: Path, questions: Path, tmp_path: Pat
     assert (status.lease.state, status.lease.pid) == ("stale", driver.pid)
     assert (status.complete, status.shards) == (False, 13)
 
-    again = run(command)
-    assert again.returncode == 0, again.stderr
-    computed = re.search(r"([\d,]+) answered by this run", again.stdout)
-    assert computed is not None, again.stdout
+    again = run_config(load_config(config), progress=False)
     # The orphaned worker may have committed another part before it ended; it is not computed again either.
-    assert 0 < int(computed[1]) <= 200 - 16 * len(left)
-    undisturbed = run([*command, f"output={tmp_path / 'undisturbed'}"])
-    assert undisturbed.returncode == 0, undisturbed.stderr
-
+    assert 0 < again.report.rows_this_run <= 200 - 16 * len(left)
     parts = sorted(killed.glob("part-*.parquet"))
     assert len(parts) == 13
     for path in parts:
-        assert path.read_bytes() == (tmp_path / "undisturbed" / path.name).read_bytes()
+        assert path.read_bytes() == Path(answered.output, path.name).read_bytes()
         assert path.read_bytes() == left.get(path.name, path.read_bytes()), "a committed part is never written again"
     assert ids(killed) == pq.read_table(questions)["id"].to_pylist()
     assert (killed / "_SUCCESS").exists()
     assert not (killed / "_attempts").exists()
+    assert verify(LocalStorage(str(killed))).problems == ()
 
-    complete = run(command)
-    assert complete.returncode == 0, complete.stderr
+    complete = CliRunner().invoke(app, ["run", str(config)])
+    assert complete.exit_code == 0, complete.stderr
     assert "already complete" in complete.stdout
-    for output in (killed, tmp_path / "undisturbed"):
-        assert verify(LocalStorage(str(output))).problems == ()
 
 
-@pytest.mark.timeout(400)
-def test_a_killed_worker_is_replaced_and_its_shard_answered_once(config: Path, questions: Path, tmp_path: Path) -> None:
+def test_a_killed_worker_is_replaced_and_its_shard_answered_once(
+    answered: BatchResult, job_options: dict[str, Any], tmp_path: Path
+) -> None:
     output = tmp_path / "killed"
-    with running([BIN / "expert", "run", config], tmp_path / "log") as driver:
-        assert wait_until(lambda: num_parts(output) >= 2 or driver.poll() is not None, seconds=150), "no progress"
-        workers = descendants(driver.pid, "ray::MapWorker")
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(run_batch, **job_options, batch_size=8, output=output)
+        assert wait_until(lambda: num_parts(output) >= 2 or job.done(), seconds=150), "no progress"
+        workers = descendants(os.getpid(), "ray::MapWorker")
         assert len(workers) == 1, "the job has one worker"
         os.kill(workers[0], signal.SIGKILL)
-        assert wait_until(lambda: driver.poll() is not None, seconds=150), (tmp_path / "log").read_text()
-        assert driver.returncode == 0, (tmp_path / "log").read_text()
-    assert ids(output) == pq.read_table(questions)["id"].to_pylist()
+        result = job.result(timeout=150)
+    assert result.report.errors == 0
     assert (output / "_SUCCESS").exists()
-    errors = [error for path in output.glob("part-*.parquet") for error in pq.read_table(path)["error"].to_pylist()]
-    assert errors == [None] * 200
+    for path in output.glob("part-*.parquet"):
+        assert path.read_bytes() == Path(answered.output, path.name).read_bytes()

@@ -16,7 +16,7 @@ from pipeline.batch.plan import open_experts, prepare
 from pipeline.batch.progress import Phases, Progress
 from pipeline.demo.questions import draw_questions
 from pipeline.engine.types import Completion, Request
-from pipeline.errors import ConfigError, DatasetError, FingerprintError, TooManyErrorsError
+from pipeline.errors import ConfigError, DatasetError, TooManyErrorsError
 from pipeline.package import open_package
 from tests.batch.scripted import KILL, load_deadly, load_meeting, load_scripted
 
@@ -97,27 +97,6 @@ def questions(count: int) -> list[dict[str, Any]]:
         for at in range(count)
         for task in demo.TASKS
     ]
-
-
-def test_experts_of_three_kinds_answer_in_one_job(tmp_path: Path) -> None:
-    """That each row equals the one of its expert's own job is in test_one_truth."""
-    rows = questions(8)
-    packages = {task: open_package(place) for task, place in PACKAGES.items()}
-    options: dict[str, Any] = {
-        "base_model": demo.BASE_MODEL,
-        "columns": {"expert": "task"},
-        "output": tmp_path / "mixed",
-        "progress": False,
-        "shard_rows": 16,
-    }
-    mixed = run_batch(rows, experts=PACKAGES, **options).to_pandas()
-    assert mixed["prompt"].tolist() == [row["prompt"] for row in rows]
-    assert mixed["expert"].tolist() == [packages[row["task"]].label for row in rows]
-    assert mixed["expert_sha256"].tolist() == [packages[row["task"]].digest for row in rows]
-    assert mixed["error"].isna().all()
-    with pytest.raises(FingerprintError) as caught:
-        run_batch(rows, experts=PACKAGES | {"sql": PACKAGES["json"]}, **options)
-    assert [detail.partition(":")[0] for detail in caught.value.details] == ["experts"]
 
 
 def test_no_expert_answers_as_the_base_model_does() -> None:

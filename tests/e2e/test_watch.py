@@ -40,8 +40,9 @@ def options(job_options: dict[str, Any], questions: Path, tmp_path_factory: pyte
 @pytest.fixture(scope="module")
 def answered(options: dict[str, Any]) -> BatchResult:
     """Two runs of it: the first fails, as its workers cannot load; the second completes."""
-    with pytest.raises(JobFailedError):
+    with pytest.raises(JobFailedError) as caught:
         run_batch(**options, device="mps")
+    assert any("mps" in detail for detail in caught.value.details), caught.value.details
     assert not Path(options["output"], "_report").exists()
     return run_batch(**options)
 

@@ -1,8 +1,8 @@
 """Decode steps recorded once and replayed: without a GPU, what is recorded is a list of every torch operation.
 
 It holds the operations, their order and the tensors they touch, and nothing of the Python that chose them: what a CUDA
-graph holds. So a generation that is replayed from it shows that a step depends on nothing but its buffers. What only a GPU can show,
-that `CudaRecorder` captures the same, is in `test_cuda`.
+graph holds. So a generation that is replayed from it shows that a step depends on nothing but its buffers. What only a
+GPU can show, that `CudaRecorder` captures the same, is in `test_cuda`.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""One truth: the same rows through `run_batch` and over HTTP give the same texts, reasons to end and token counts."""
+"""One truth: the same rows by `Expert`, by `run_batch` and over HTTP: the same texts, reasons to end, token counts."""
 
 import json
 import random
@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
-from pipeline import demo, run_batch
+from pipeline import BatchResult, Expert, demo, run_batch
 from pipeline.demo.questions import draw_questions
-from tests.e2e.serving import Service, options, serving
+from pipeline.errors import FingerprintError
+from pipeline.package import open_package
+from tests.e2e.serving import FEW_RESIDENT, Service
 
-ROWS = 200
+ROWS = 120
 GRAMMAR = 'root ::= ("SELECT " | "MATCH ") [a-z]+ (", " [a-z]+)* ";"'
 JSON_SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -123,11 +125,10 @@ def rows() -> list[Row]:
 
 
 @pytest.fixture(scope="module")
-def online(cluster: None, rows: list[Row]) -> list[Outcome]:
+def online(shared_service: Service, rows: list[Row]) -> list[Outcome]:
     """What a service of all three experts says, all rows at once."""
-    fields = options(experts=[{**expert, "pin": False} for expert in options()["experts"]])
-    with serving("one-truth", fields) as service:
-        return ask_online(service, rows)
+    shared_service.offer(FEW_RESIDENT)
+    return ask_online(shared_service, rows)
 
 
 def ask_online(service: Service, rows: list[Row]) -> list[Outcome]:
@@ -140,27 +141,49 @@ def ask_online(service: Service, rows: list[Row]) -> list[Outcome]:
     ]
 
 
+NAMES = ("prompt", "messages", "schema", "system", *COLUMNS)
+PACKAGES = {task: demo.package(task) for task in demo.TASKS}
+
+
+def run_job(rows: list[Row], folder: Path, packages: Mapping[str, Path]) -> BatchResult:
+    """All rows in one job; a column says which expert answers each."""
+    return run_batch(
+        [{"task": row.task, **{name: row.values.get(name) for name in NAMES}} for row in rows],
+        experts=packages,
+        output=folder,
+        output_format="jsonl",
+        base_model=demo.BASE_MODEL,
+        dtype="float32",
+        columns={"expert": "task", "sampling": {name: name for name in COLUMNS}},
+        progress=False,
+    )
+
+
 @pytest.fixture(scope="module")
-def offline(cluster: None, rows: list[Row], tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
-    """What three jobs say, one for each expert."""
-    found: list[Outcome | None] = [None] * len(rows)
+def job(cluster: None, rows: list[Row], tmp_path_factory: pytest.TempPathFactory) -> BatchResult:
+    return run_job(rows, tmp_path_factory.mktemp("mixed") / "out", PACKAGES)
+
+
+@pytest.fixture(scope="module")
+def offline(job: BatchResult) -> list[Outcome]:
+    """What the job says."""
+    return [outcome_of(line) for part in job.parts for line in Path(part).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def alone(rows: list[Row]) -> list[Outcome]:
+    """What each expert says by itself, merged into the base model."""
+    found: dict[int, Outcome] = {}
     for task in demo.TASKS:
         places = [place for place, row in enumerate(rows) if row.task == task]
-        names = ("prompt", "messages", "schema", "system", *COLUMNS)
-        result = run_batch(
-            [{name: rows[place].values.get(name) for name in names} for place in places],
-            demo.package(task),
-            output=tmp_path_factory.mktemp("out") / task,
-            output_format="jsonl",
-            base_model=demo.BASE_MODEL,
-            dtype="float32",
-            columns={"sampling": {name: name for name in COLUMNS}},
-            progress=False,
-        )
-        lines = [line for part in result.parts for line in Path(part).read_text().splitlines()]
-        for place, line in zip(places, lines, strict=True):
-            found[place] = outcome_of(line)
-    return [outcome for outcome in found if outcome is not None]
+        with Expert.load(demo.package(task), base_model=demo.BASE_MODEL, dtype="float32", device="cpu") as expert:
+            for place, result in zip(places, expert.generate_batch([rows[p].values for p in places]), strict=True):
+                found[place] = (
+                    Outcome(result.text, result.finish_reason, result.prompt_tokens, result.completion_tokens)
+                    if result.error is None
+                    else Outcome(code=result.error.code)
+                )
+    return [found[place] for place in range(len(rows))]
 
 
 def outcome_of(line: str) -> Outcome:
@@ -174,35 +197,31 @@ def outcome_of(line: str) -> Outcome:
 def test_the_same_rows_give_the_same_answers_by_batch_and_over_http(
     rows: list[Row], online: list[Outcome], offline: list[Outcome]
 ) -> None:
-    differing = [
-        f"row {place} ({row.task}, {row.kind}):\n  HTTP  {there}\n  batch {here}"
-        for place, (row, there, here) in enumerate(zip(rows, online, offline, strict=True))
-        if there != here
-    ]
-    assert not differing, "\n".join(differing)
+    assert differing(rows, online, offline) == []
 
 
-def test_the_same_rows_mixed_in_one_job_give_the_same_answers(
-    cluster: None, rows: list[Row], offline: list[Outcome], tmp_path: Path
+def test_the_same_rows_mixed_in_one_job_are_answered_as_by_each_expert_alone(
+    rows: list[Row], offline: list[Outcome], alone: list[Outcome]
 ) -> None:
-    names = ("prompt", "messages", "schema", "system", *COLUMNS)
-    result = run_batch(
-        [{"task": row.task, **{name: row.values.get(name) for name in names}} for row in rows],
-        experts={task: demo.package(task) for task in demo.TASKS},
-        output=tmp_path / "mixed",
-        output_format="jsonl",
-        base_model=demo.BASE_MODEL,
-        dtype="float32",
-        columns={"expert": "task", "sampling": {name: name for name in COLUMNS}},
-        progress=False,
-    )
-    mixed = [outcome_of(line) for part in result.parts for line in Path(part).read_text().splitlines()]
-    differing = [
-        f"row {place} ({row.task}, {row.kind}):\n  mixed {there}\n  alone {here}"
-        for place, (row, there, here) in enumerate(zip(rows, mixed, offline, strict=True))
-        if there != here
+    assert differing(rows, offline, alone) == []
+
+
+def differing(rows: list[Row], here: list[Outcome], there: list[Outcome]) -> list[str]:
+    return [
+        f"row {place} ({row.task}, {row.kind}):\n  {one}\n  {other}"
+        for place, (row, one, other) in enumerate(zip(rows, here, there, strict=True))
+        if one != other
     ]
-    assert not differing, "\n".join(differing)
+
+
+def test_a_job_of_several_experts_names_that_of_each_row(rows: list[Row], job: BatchResult) -> None:
+    packages = {task: open_package(place) for task, place in PACKAGES.items()}
+    frame = job.to_pandas()
+    assert frame["expert"].tolist() == [packages[row.task].label for row in rows]
+    assert frame["expert_sha256"].tolist() == [packages[row.task].digest for row in rows]
+    with pytest.raises(FingerprintError) as caught:
+        run_job(rows, Path(job.output), PACKAGES | {"sql": PACKAGES["json"]})
+    assert [detail.partition(":")[0] for detail in caught.value.details] == ["experts"]
 
 
 def test_the_rows_try_what_they_are_meant_to_try(rows: list[Row], online: list[Outcome]) -> None:
@@ -219,7 +238,7 @@ def test_the_rows_try_what_they_are_meant_to_try(rows: list[Row], online: list[O
             assert set(json.loads(outcome.text)) == set(JSON_SCHEMA["properties"])
 
 
-def test_other_seeds_give_other_answers(cluster: None, rows: list[Row], offline: list[Outcome]) -> None:
+def test_other_seeds_give_other_answers(rows: list[Row], offline: list[Outcome]) -> None:
     """So that the equality above is not that of answers which nothing could change."""
     sampled = [place for place, row in enumerate(rows) if row.kind in ("wild", "penalties")]
     kinds = {offline[place].text for place in sampled if offline[place].code is None}

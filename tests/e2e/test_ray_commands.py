@@ -1,4 +1,4 @@
-"""`configs/serve.yaml` as what it is, an ordinary Serve config file: `serve deploy` and `serve run` take it."""
+"""What Ray's own commands take, on a cluster of its own: `ray job submit`, `serve deploy` and `serve run`."""
 
 import json
 import signal
@@ -6,11 +6,12 @@ import subprocess
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from pipeline import demo
+from pipeline import BatchResult, demo
 from tests.e2e.heads import Head
 from tests.e2e.processes import BIN, PROJECT, run, running, wait_until
 from tests.e2e.serving import SCHEMA, SECONDS, free_port
@@ -69,3 +70,33 @@ def test_serve_deploy_and_serve_run_take_the_projects_file(head: Head, tmp_path:
         process.send_signal(signal.SIGINT)
         process.wait(SECONDS)
     assert answer(port) is None
+
+
+@pytest.mark.timeout(400)
+def test_a_submitted_job_equals_a_local_run(
+    answered: BatchResult, job_options: dict[str, Any], questions: Path, head: Head, tmp_path: Path
+) -> None:
+    """The README's line: the same parts, byte for byte."""
+    submit = [BIN / "ray", "job", "submit", f"--address={head.dashboard}", f"--working-dir={PROJECT}", "--"]
+    job = [
+        *(BIN / "python", "jobs/batch.py", "--config", "configs/demo.yaml"),
+        *(f"dataset={questions}", f"output={tmp_path / 'submitted'}", "num_workers=1"),
+        f"shard_rows={job_options['shard_rows']}",
+    ]
+    submitted = run([*submit, *job], seconds=240, more=head.token)
+    for _ in range(10):  # the dashboard is up a little before the agent that starts jobs
+        if "No available agent" not in submitted.stdout + submitted.stderr:
+            break
+        submitted = run([*submit, *job], seconds=240, more=head.token)
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    assert "succeeded" in submitted.stdout.lower()
+    for path in map(Path, answered.parts):
+        assert path.read_bytes() == (tmp_path / "submitted" / path.name).read_bytes()
+    assert (tmp_path / "submitted" / "_SUCCESS").exists()
+
+
+def test_a_job_that_cannot_begin_fails_as_a_program() -> None:
+    """So that Ray marks it as failed."""
+    failed = run([BIN / "python", "jobs/batch.py", "--config", "configs/nothing.yaml"], seconds=120)
+    assert failed.returncode != 0
+    assert "ConfigError" in failed.stderr
