@@ -34,8 +34,9 @@ format: $(STAMP)  ## format the code and apply safe lint fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Two processes: one starts the clusters and waits for them, the other does what needs none.
 test: $(STAMP)  ## run all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 bench: $(STAMP)  ## compare the engines with stock generate and, after bench-peers, with vLLM (two hours on two cores)
 	$(BIN)/python -m benchmarks.engine --workload shared-schema,unique-prompts --json build/bench/engine.json \

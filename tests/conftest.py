@@ -1,5 +1,6 @@
 """What every test gets: no network, a cache of its own, and the demo experts."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,10 +9,32 @@ import pytest
 
 from tests.profiles import load_profile
 
+END_TO_END = Path(__file__).parent / "e2e"
+
 load_profile()
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's workers would wait for every other program
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # the matrices of tests are small: a second thread waits longer than it works
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of several processes one starts a cluster: the tests that need it come first, and stay together.
+
+    The others stay together by file, as they share what a file loads.
+    """
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("e2e" if END_TO_END in item.path.parents else str(item.path)))
+    items.sort(key=lambda item: END_TO_END not in item.path.parents)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: collecting garbage need not look through it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

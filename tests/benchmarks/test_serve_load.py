@@ -336,8 +336,8 @@ def test_random_weights_answer_a_fixed_number_of_tokens() -> None:
 
 
 def test_the_whole_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--servers", BASELINE, "--concurrency", "1,2", "--least", "4", "--per-client", "2", "--seconds", "5"]
-    arguments += ["--measure", "closed,open", "--rates", "0.5", "--json", str(tmp_path / "report.json")]
+    arguments = ["--servers", BASELINE, "--concurrency", "1,2", "--least", "4", "--per-client", "2", "--seconds", "3"]
+    arguments += ["--measure", "closed,open", "--rates", "1", "--json", str(tmp_path / "report.json")]
     status = serve.main(arguments)
     printed = capsys.readouterr().out
     report = json.loads((tmp_path / "report.json").read_text())

@@ -14,7 +14,7 @@ from pipeline.demo.world import is_held_out
 from pipeline.package import open_package
 
 REPORT = json.loads((demo.ARTIFACTS / "artifacts.json").read_text())
-SAMPLED = 60
+SAMPLED = 30
 
 
 def test_all_artifacts_together_are_small() -> None:

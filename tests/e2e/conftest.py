@@ -22,6 +22,7 @@ def cluster() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("RAY_metrics_report_interval_ms", "1000")
         connect("local")
         yield
         ray.shutdown()

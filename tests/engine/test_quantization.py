@@ -141,10 +141,7 @@ def test_all_linear_layers_are_quantised(tiny_base: Path, quantization: Quantiza
     assert base.quantization == quantization
 
 
-def test_a_layer_that_does_not_fit_stays_and_is_counted(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logging.getLogger("pipeline"), "propagate", True)
+def test_a_layer_that_does_not_fit_stays_and_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tiny.make_model(tmp_path, "llama", intermediate_size=GROUP_SIZE + 16)
     with caplog.at_level(logging.WARNING):
         base = load(path, "int4")
@@ -225,7 +222,7 @@ def test_mixed_experts_over_a_quantised_base_equal_peft_over_the_dequantised(
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 def test_packed_and_padded_answer_the_same(quantization: Quantization) -> None:
-    questions = list(draw_questions("cypher", 16, seed=3))
+    questions = list(draw_questions("cypher", 8, seed=3))
     prompts = [{"prompt": question.prompt, "schema": question.schema} for question in questions]
     answers = []
     for engine in ("packed", "padded"):
@@ -240,7 +237,7 @@ def test_packed_and_padded_answer_the_same(quantization: Quantization) -> None:
 def test_the_demo_experts_stay_right(quantization: Quantization) -> None:
     packages = {task: open_package(demo.package(task)) for task in demo.TASKS}
     loaded = load_experts(packages, demo.BASE_MODEL, device="cpu", quantization=quantization, kv_cache_bytes=1 << 28)
-    asked = {question.id: (task, question) for task in demo.TASKS for question in draw_questions(task, 50, seed=4)}
+    asked = {question.id: (task, question) for task in demo.TASKS for question in draw_questions(task, 20, seed=4)}
     requests = [
         loaded.requests[task].build(name, prompt=one.prompt, schema=one.schema, dialect=DIALECTS[task] or "")
         for name, (task, one) in asked.items()
@@ -250,7 +247,7 @@ def test_the_demo_experts_stay_right(quantization: Quantization) -> None:
         task, question = asked[completion.request_id]
         right[task] += exact_match(completion.text, question.expected)
     loaded.engine.close()
-    assert min(right.values()) >= 48, right  # of 50, unquantised
+    assert min(right.values()) >= 19, right  # of 20, unquantised
 
 
 def test_a_job_of_another_quantisation_is_another_job(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Thousands of requests with experts, grammars and cancels from several threads: all accounted for, nothing left."""
+"""Many requests with experts, grammars and cancels from several threads: all accounted for, nothing left."""
 
 import gc
 import os
@@ -17,8 +17,9 @@ from pipeline.engine.types import Completion, Grammar
 from pipeline.errors import AdapterError, OutOfMemoryError, PromptTooLongError
 from pipeline.package import open_package
 from tests import tiny
+from tests.profiles import num_examples
 
-NUM_REQUESTS = 5_000
+NUM_REQUESTS = num_examples(1_500, 5_000)
 NUM_THREADS = 4
 MAX_GROWTH = 64 << 20  # bytes of resident memory between the middle and the end
 KINDS = ("lora", "dora", "ia3")
@@ -118,7 +119,7 @@ def test_thousands_of_requests_leave_nothing_behind(tmp_path: Path) -> None:
     wanted = Counter((request.id, index) for request in asked for index in range(request.params.n))
     assert Counter((one.request_id, one.index) for _, one in found) == wanted
     reasons = Counter(one.finish_reason for _, one in found)
-    assert all(reasons[reason] > 20 for reason in ("stop", "length", "error", "cancelled")), reasons
+    assert all(reasons[reason] > NUM_REQUESTS // 250 for reason in ("stop", "length", "error", "cancelled")), reasons
     codes = Counter(one.failure.code for _, one in found if one.failure is not None)
     assert set(codes) == {AdapterError.code, OutOfMemoryError.code, PromptTooLongError.code}, codes
     for request, one in found:
