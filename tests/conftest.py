@@ -37,6 +37,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """As at any end of a program."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def package_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Packages are unpacked into a folder of this test run, never into the user's cache."""

@@ -13,6 +13,7 @@ from pipeline.cluster import OWN_NAMESPACE, native_output_dropped, silence, star
 from pipeline.errors import BatchError
 
 CONNECT_SECONDS = 2.0
+RAY_DATA_CONSOLE = "console"  # its handler that writes on standard error
 _HOST_AND_PORT = re.compile(r"[^/]+:\d{1,5}")
 
 
@@ -97,5 +98,5 @@ def _silence() -> None:
     """A job has one progress line of its own; what Ray has to say of a failure comes back as the job's error."""
     silence()
     for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+        if handler.name == RAY_DATA_CONSOLE:  # whoever added others wants to hear
             handler.setLevel(logging.CRITICAL)

@@ -1,11 +1,12 @@
 """The cluster that a job starts for itself: on loopback, and only when there is none to join."""
 
+import logging
 import os
 import socket
 
 import pytest
 
-from pipeline.batch.cluster import connect
+from pipeline.batch.cluster import RAY_DATA_CONSOLE, connect
 from tests.e2e.processes import BIN, LOOPBACK, descendants, listening_addresses, run
 
 
@@ -18,6 +19,19 @@ def test_it_listens_on_loopback_only() -> None:
     assert addresses <= LOOPBACK
     assert connect().is_local
     assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ, "what it changed to start is changed back"
+
+
+@pytest.mark.usefixtures("cluster")
+def test_only_rays_own_lines_are_kept_from_standard_error(caplog: pytest.LogCaptureFixture) -> None:
+    """A handler that somebody else added hears all that it wants to; pytest's are such, too."""
+    logger, mine = logging.getLogger("ray.data"), logging.StreamHandler()
+    logger.addHandler(mine)
+    try:
+        connect()
+    finally:
+        logger.removeHandler(mine)
+    assert mine.level == caplog.handler.level == logging.NOTSET
+    assert [handler.level for handler in logger.handlers if handler.name == RAY_DATA_CONSOLE] == [logging.CRITICAL]
 
 
 def test_a_cluster_that_is_asked_for_and_gone_is_an_error() -> None:

@@ -136,24 +136,29 @@ def test_a_list_of_prompts_and_no_output(job_options: dict[str, Any]) -> None:
     assert result.report.rows == 2
 
 
-def test_rows_in_memory_may_bring_their_own_options(
+def test_a_frame_whose_rows_bring_their_own_options(
     answered: BatchResult, job_options: dict[str, Any], questions: Path, tmp_path: Path
 ) -> None:
-    """As dicts, as a frame or as a dataset of Ray's: the same rows are the same job."""
-    import ray.data
-
     frame = pq.read_table(questions).to_pandas().head(20)
     frame["limit"] = [1, *[100] * 17, 2, -1]
     options = {**job_options, "columns": {"sampling": {"max_tokens": "limit"}}, "output": tmp_path / "out"}
     del options["dataset"]
-    result = run_batch(frame.to_dict("records"), **options)
-    found = result.to_pandas()
+    found = run_batch(frame, **options).to_pandas()
     assert found["text"].tolist()[1:18] == answered.to_pandas()["text"].tolist()[1:18]
     assert found["completion_tokens"].tolist()[0] == 1
     assert found["completion_tokens"].tolist()[18] == 2
     assert found["error"][19]["code"] == InvalidRequestError.code
-    for dataset in (frame, ray.data.from_pandas(frame)):
-        assert run_batch(dataset, **options).report.already_complete
+    assert run_batch(frame, **options).report.already_complete
+
+
+def test_a_dataset_of_rays(answered: BatchResult, job_options: dict[str, Any], questions: Path, tmp_path: Path) -> None:
+    import ray.data
+
+    dataset = ray.data.from_pandas(pq.read_table(questions).to_pandas().head(40))
+    options = {name: value for name, value in job_options.items() if name != "dataset"}
+    result = run_batch(dataset, **options, output=tmp_path / "out")
+    assert result.to_pandas()["text"].tolist() == answered.to_pandas()["text"].head(40).tolist()
+    assert run_batch(dataset, **options, output=tmp_path / "out").report.already_complete
 
 
 def test_compressed_csv_in_hive_directories_by_a_template_under_other_names(
