@@ -50,7 +50,7 @@ def ray_head(folder: Path) -> Iterator[Head]:
     log = folder / "head.log"
     try:
         with running(command, log, more=token):
-            if not wait_until(lambda: _answers(head.dashboard), seconds=90):
+            if not wait_until(lambda: _answers(head.dashboard), seconds=180):
                 raise RuntimeError(log.read_text())
             yield head
     finally:

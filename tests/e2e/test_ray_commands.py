@@ -49,30 +49,30 @@ def answer(port: int) -> str | None:
 
 
 def serve(head: Head, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return run([BIN / "serve", *arguments, "--address", head.dashboard], seconds=120, more=head.token)
+    return run([BIN / "serve", *arguments, "--address", head.dashboard], seconds=240, more=head.token)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_serve_deploy_and_serve_run_take_the_projects_file(head: Head, tmp_path: Path) -> None:
     port = free_port()
     path = own_file(tmp_path, port)
     deployed = serve(head, "deploy", str(path))
     assert deployed.returncode == 0, deployed.stdout + deployed.stderr
-    assert wait_until(lambda: answer(port) == ANSWER, seconds=90), serve(head, "status").stdout
+    assert wait_until(lambda: answer(port) == ANSWER, seconds=180), serve(head, "status").stdout
     ended = serve(head, "shutdown", "-y")
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert wait_until(lambda: answer(port) is None, seconds=60)
+    assert wait_until(lambda: answer(port) is None, seconds=180)
 
     log = tmp_path / "log"
     with running([BIN / "serve", "run", path, "--address", head.address], log, more=head.token) as process:
-        assert wait_until(lambda: answer(port) == ANSWER or process.poll() is not None, seconds=90), log.read_text()
+        assert wait_until(lambda: answer(port) == ANSWER or process.poll() is not None, seconds=180), log.read_text()
         assert process.poll() is None, log.read_text()
         process.send_signal(signal.SIGINT)
         process.wait(SECONDS)
     assert answer(port) is None
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_a_submitted_job_equals_a_local_run(
     answered: BatchResult, job_options: dict[str, Any], questions: Path, head: Head, tmp_path: Path
 ) -> None:
@@ -97,6 +97,6 @@ def test_a_submitted_job_equals_a_local_run(
 
 def test_a_job_that_cannot_begin_fails_as_a_program() -> None:
     """So that Ray marks it as failed."""
-    failed = run([BIN / "python", "jobs/batch.py", "--config", "configs/nothing.yaml"], seconds=120)
+    failed = run([BIN / "python", "jobs/batch.py", "--config", "configs/nothing.yaml"], seconds=240)
     assert failed.returncode != 0
     assert "ConfigError" in failed.stderr

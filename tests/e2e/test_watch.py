@@ -113,7 +113,7 @@ def test_its_numbers_are_at_rays_prometheus_endpoint(answered: BatchResult) -> N
                 found[name] = float(value)
         return found.get("expert_batch_rows_done") == answered.report.rows
 
-    assert wait_until(arrived, seconds=60), "Ray exports every second here"
+    assert wait_until(arrived, seconds=180), "Ray exports every second here"
     report = answered.report
     assert found["expert_batch_rows_total"] == report.rows
     assert found["expert_batch_errors_total"] > 0

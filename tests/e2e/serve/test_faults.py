@@ -64,9 +64,9 @@ def test_a_client_that_leaves_mid_stream_stops_the_engine(service: Service) -> N
     asyncio.run(leave())
     before = service.stats()
     assert before.num_running <= BATCH_SIZE
-    assert wait_until(service.is_idle, seconds=5)
+    assert wait_until(service.is_idle, seconds=SECONDS)
     steps = service.stats().num_steps - before.num_steps
-    assert steps < LONG["max_tokens"] / 10, "what is computed while the word travels through two processes"
+    assert steps < LONG["max_tokens"] / 2, "what is computed while the word travels through two processes"
 
 
 def test_a_replica_killed_mid_stream(service: Service) -> None:
@@ -101,7 +101,7 @@ def test_a_replica_killed_mid_stream(service: Service) -> None:
 
 
 def _wait_for(condition: Callable[[], bool]) -> None:
-    assert wait_until(condition, seconds=10)
+    assert wait_until(condition, seconds=SECONDS)
 
 
 def test_a_replica_killed_at_idle_is_replaced(

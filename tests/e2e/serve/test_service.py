@@ -83,7 +83,7 @@ def test_a_handle_streams_and_a_cancelled_call_stops_the_engine(service: Service
 
     asyncio.run(leave())
     before = service.stats().num_tokens_generated
-    assert wait_until(service.is_idle, seconds=5)
+    assert wait_until(service.is_idle, seconds=SECONDS)
     assert service.stats().num_tokens_generated - before < 700
 
 
@@ -95,7 +95,7 @@ def test_a_client_that_leaves_stops_the_engine(service: Service) -> None:
         assert b"200" in client.recv(4096)
         assert not service.is_idle()
     before = service.stats().num_tokens_generated
-    assert wait_until(service.is_idle, seconds=5)
+    assert wait_until(service.is_idle, seconds=SECONDS)
     assert service.stats().num_tokens_generated - before < 700
 
 
@@ -107,17 +107,17 @@ def test_experts_are_loaded_when_they_are_asked(service: Service) -> None:
 
 
 def test_what_cannot_be_served_is_told_before_anything_starts(tmp_path: Path) -> None:
-    done = run([BIN / "expert", "serve", tmp_path / "nothing.expert", "--port", free_port()], seconds=60)
+    done = run([BIN / "expert", "serve", tmp_path / "nothing.expert", "--port", free_port()], seconds=180)
     assert done.returncode != 0
     assert "PackageNotFoundError" in done.stderr
-    open_to_all = run([BIN / "expert", "serve", demo.package("sql"), "--host", "0.0.0.0"], seconds=60)  # noqa: S104
+    open_to_all = run([BIN / "expert", "serve", demo.package("sql"), "--host", "0.0.0.0"], seconds=180)  # noqa: S104
     assert open_to_all.returncode == 2
     assert "lets other machines ask" in open_to_all.stderr
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        done = run([BIN / "expert", "serve", demo.package("sql"), "--port", str(port)], seconds=60)
+        done = run([BIN / "expert", "serve", demo.package("sql"), "--port", str(port)], seconds=180)
     assert done.returncode == 2
     assert f"port {port} of 127.0.0.1 cannot be listened on" in done.stderr
     assert "Traceback" not in done.stderr
