@@ -51,12 +51,18 @@ def running(
             cwd=PROJECT,
             env=environment(more),
             start_new_session=True,
+            preexec_fn=_heed_interrupts,
         ) as process,
     ):
         try:
             yield process
         finally:
             end_group(process)
+
+
+def _heed_interrupts() -> None:
+    """A shell has what it runs in the background ignore them, and so would all that this starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
