@@ -6,6 +6,7 @@ it gives the same result on trial.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from pipeline.engine.kernels.gpu import GpuKernels
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+# With more, torch's product on AMX is faster than ours on AVX-512: 34 ms against 122 for the output layer of the
+# 0.6B shape with 64 rows, on two cores.
+AMX_ROWS = 16
 QUANTIZED_TOLERANCE = 2e-2  # quantised products round their inputs, and a last bit decides to which step
 
 
@@ -60,7 +64,13 @@ def use_kernels(base: BaseModel, kernels: Kernels | GpuKernels) -> None:
 
 
 def _use_product(linear: Any, kernels: Kernels) -> None:
+    stock = linear.forward
+    most_rows = AMX_ROWS if torch.cpu.get_capabilities().get("amx_bf16") else math.inf
+
     def forward(hidden: torch.Tensor) -> torch.Tensor:
+        if hidden.numel() // linear.in_features > most_rows:
+            answer: torch.Tensor = stock(hidden)
+            return answer
         return kernels.linear(hidden, linear.weight, linear.bias)
 
     trial = torch.linspace(-2, 2, 3 * linear.in_features, dtype=kernels.dtype).view(1, 3, -1)
