@@ -2,7 +2,7 @@
 
 Options: `engine` (`packed` or `padded`); `hint`, the prefix length told instead of the true one; `merge`, which merges
 the only expert into the model instead of holding it beside others; `bank`, false for an engine that can hold none;
-`quantization`, of the weights.
+`quantization`, of the weights; `triton`, for its kernels on a GPU.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,14 @@ def load(job: dict[str, Any]) -> Run:
             package, base, engine=options["engine"], dtype=job["dtype"], quantization=quantization
         ).engine
     elif options.get("bank", True):
-        engine = load_engine(base, packages, engine=options["engine"], dtype=job["dtype"], quantization=quantization)
+        engine = load_engine(
+            base,
+            packages,
+            engine=options["engine"],
+            dtype=job["dtype"],
+            quantization=quantization,
+            use_triton=options.get("triton", False),
+        )
     else:
         engine = PackedEngine(load_base_model(base, dtype=job["dtype"]), load_tokenizer(None, base))
     hint = options.get("hint")

@@ -4,7 +4,9 @@
 the model's keyword arguments and its cache object. Nothing is global.
 """
 
-from typing import Any, Protocol
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -15,7 +17,10 @@ from pipeline.engine.kernels.cpu import Kernels
 from pipeline.engine.kv_cache import PagedCache, SlotCache
 from pipeline.engine.paged_plan import Item, Keys
 from pipeline.engine.scheduler import Chunk, Entry, Prefix
-from pipeline.errors import BaseModelError
+from pipeline.errors import BaseModelError, ConfigError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from pipeline.engine.kernels.gpu import GpuKernels
 
 NAME = "expert_packed"
 _HARMLESS = frozenset({"dropout", "position_ids", "use_cache", "is_causal", "output_router_logits"})
@@ -150,6 +155,24 @@ def paged_items(chunks: list[Chunk], cache: PagedCache) -> list[Item]:
 def kernels_for(device: torch.device, dtype: torch.dtype) -> Kernels | None:
     """The compiled kernels, where they run."""
     return load_kernels(dtype) if device.type == "cpu" else None
+
+
+def triton_kernels(device: torch.device, dtype: torch.dtype) -> GpuKernels:
+    """Triton's kernels for a GPU.
+
+    Raises:
+        ConfigError: The device is not a GPU.
+        MissingDependencyError: Triton is not installed.
+    """
+    if device.type != "cuda":
+        raise ConfigError(f"Triton's kernels do not run on {device}", hint="Leave use_triton out, or use a GPU.")
+    try:
+        from pipeline.engine.kernels.gpu import GpuKernels
+    except ImportError as error:
+        raise MissingDependencyError(
+            "Triton is not installed", hint="Run: pip install triton; or leave use_triton out."
+        ) from error
+    return GpuKernels(dtype)
 
 
 def _addresses(tensor: torch.Tensor) -> tuple[int, int, int, int]:

@@ -4,16 +4,22 @@ Everything that depends on the step is in tensors of whole numbers, and nothing 
 once more over the same tensors with other numbers in them, it answers another step of the same shape.
 
 torch's own fused attention is not used: none of it returns the log-sum-exp that prefixes need, takes a softcap, and
-runs on every device.
+runs on every device. Where there is Triton, its kernels do the same in two launches.
 """
+
+from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from pipeline.engine.kv_cache import PagedCache
 from pipeline.engine.paged_plan import PAGE, Units
+
+if TYPE_CHECKING:
+    from pipeline.engine.kernels.gpu import GpuKernels
 
 MOST_SCORES = 1 << 26  # computed at once, in float32
 LOWEST = -1e30  # in place of minus infinity, from which nothing can be taken
@@ -21,36 +27,77 @@ BEYOND = 1 << 62  # the position of what is no key
 
 
 class BatchedAttention:
-    """Batched products at work on one step; see `pipeline.engine.attention.StepAttention`.
+    """Attention at work on one step; see `pipeline.engine.attention.StepAttention`.
 
     Args:
         cache: Where keys and values lie.
         places: Where those of the new tokens go; see `paged_plan.places`. [num_tokens]
         units: Those of the step; together they have each token once.
+        kernels: What computes it; None for torch's operations.
     """
 
-    def __init__(self, cache: PagedCache, places: torch.Tensor, units: Sequence[Units[torch.Tensor]]) -> None:
+    def __init__(
+        self,
+        cache: PagedCache,
+        places: torch.Tensor,
+        units: Sequence[Units[torch.Tensor]],
+        kernels: GpuKernels | None = None,
+    ) -> None:
         self._pool = cache.pool
         num_kv_heads = cache.shape[2]
-        self._rows = _rows_of_pages(places // PAGE, num_kv_heads) * PAGE + (places % PAGE)[:, None]
-        self._groups = [_UnitAttention(one, num_kv_heads) for one in units]
+        self._kernels = kernels
+        self._places = places
+        self._groups: list[_Group]
+        if kernels is None:
+            self._rows = _rows_of_pages(places // PAGE, num_kv_heads) * PAGE + (places % PAGE)[:, None]
+            self._groups = [_UnitAttention(one, num_kv_heads) for one in units]
+        else:
+            self._groups = [_UnitKernels(one, kernels) for one in units]
 
     def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """See `StepAttention`."""
+        if self._kernels is not None:
+            self._kernels.store(keys, values, self._pool[layer], self._places)
+            return
         for pool, new in zip(self._pool[layer], (keys, values), strict=True):
             head_dim = new.shape[-1]
             pool.view(-1, head_dim).index_copy_(0, self._rows.flatten(), new.reshape(-1, head_dim))
 
     def attend(self, layer: int, queries: torch.Tensor, scale: float, window: int, softcap: float) -> torch.Tensor:
         """See `StepAttention`."""
-        keys, values = self._pool[layer]
+        pool = self._pool[layer]
         if len(self._groups) == 1:  # it has all tokens, in their order
-            return self._groups[0].attend(queries, keys, values, scale, window, softcap)
+            return self._groups[0].attend(queries, pool, scale, window, softcap)
         out = torch.empty_like(queries, memory_format=torch.contiguous_format)
         for group in self._groups:
             own = queries.index_select(0, group.tokens)
-            out.index_copy_(0, group.tokens, group.attend(own, keys, values, scale, window, softcap))
+            out.index_copy_(0, group.tokens, group.attend(own, pool, scale, window, softcap))
         return out
+
+
+class _Group(Protocol):
+    """The attention of some tokens of a step."""
+
+    tokens: torch.Tensor
+
+    def attend(
+        self, queries: torch.Tensor, pool: torch.Tensor, scale: float, window: int, softcap: float
+    ) -> torch.Tensor: ...
+
+
+class _UnitKernels:
+    """Attention of the tokens of some units by the compiled kernels; the arguments are theirs."""
+
+    def __init__(self, units: Units[torch.Tensor], kernels: GpuKernels) -> None:
+        self.tokens = units.tokens
+        self._units = units
+        self._kernels = kernels
+
+    def attend(
+        self, queries: torch.Tensor, pool: torch.Tensor, scale: float, window: int, softcap: float
+    ) -> torch.Tensor:
+        """See `_UnitAttention`."""
+        return self._kernels.attention(queries, pool, self._units, scale=scale, window=window, softcap=softcap)
 
 
 class _UnitAttention:
@@ -77,8 +124,7 @@ class _UnitAttention:
     def attend(
         self,
         queries: torch.Tensor,  # [num_tokens, num_q_heads, head_dim]
-        keys: torch.Tensor,  # [pages, num_kv_heads, PAGE, head_dim]
-        values: torch.Tensor,
+        pool: torch.Tensor,  # [2, pages, num_kv_heads, PAGE, head_dim]
         scale: float,
         window: int,
         softcap: float,
@@ -95,8 +141,8 @@ class _UnitAttention:
         for start in range(0, num_units, most):
             part = slice(start, start + most)
             key_rows, value_rows = (
-                pool.view(-1, PAGE * head_dim)[self._rows[part].flatten()].view(-1, num_pages * PAGE, head_dim)
-                for pool in (keys, values)
+                one.view(-1, PAGE * head_dim)[self._rows[part].flatten()].view(-1, num_pages * PAGE, head_dim)
+                for one in pool
             )  # [units * num_kv_heads, span, head_dim]
             scores = _product(rows[part].flatten(0, 1), key_rows.transpose(1, 2)).mul_(scale)
             if softcap:

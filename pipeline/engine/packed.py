@@ -50,6 +50,7 @@ class PackedEngine:
         batch_size: At most this many sequences run at once.
         max_batch_tokens: At most this many tokens are computed in a step.
         kv_cache_bytes: The memory for keys and values; None for what the device has to spare.
+        use_triton: On a GPU, compute by kernels of Triton; see `Runner`.
 
     Raises:
         BaseModelError: The model cannot be run packed; the message names the other engine.
@@ -64,13 +65,14 @@ class PackedEngine:
         batch_size: int = 128,
         max_batch_tokens: int = 1024,
         kv_cache_bytes: int | None = None,
+        use_triton: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self._rules = StopRules(tokenizer, base.eos_token_ids)
         self._vocab_size = int(base.model.config.get_text_config().vocab_size)
         self.bank = bank
         self.context_length = base.context_length
-        runner = Runner(base, kv_cache_bytes=kv_cache_bytes, num_rows=batch_size)
+        runner = Runner(base, kv_cache_bytes=kv_cache_bytes, num_rows=batch_size, use_triton=use_triton)
         self._soft_prompts = runner.soft_prompts
         self._loop: StepEngine | None = StepEngine(
             runner, base.context_length, bank=bank, max_running=batch_size, max_step_tokens=max_batch_tokens

@@ -158,7 +158,9 @@ def plan_units(items: Sequence[Item], width: int, span: int) -> Units[Int64s]:
     return Units(tokens, positions, lanes, pages, first, count, parts, num_parts)
 
 
-def plan_decode(token_ids: Sequence[int], items: Sequence[Item]) -> list[Int64s]:
+def plan_decode(
+    token_ids: Sequence[int], items: Sequence[Item], *, least_units: int = 1, least_parts: int = 1
+) -> list[Int64s]:
     """A step of one new token for each of some sequences, in one of few sizes, so that many steps have one shape.
 
     Rows that only fill the batch up attend to nothing and write to `SCRATCH_PAGE`.
@@ -166,13 +168,15 @@ def plan_decode(token_ids: Sequence[int], items: Sequence[Item]) -> list[Int64s]
     Args:
         token_ids: The new tokens.
         items: One for each.
+        least_units: There are as many units, empty ones among them: more where empty ones cost little.
+        least_parts: Room for as many units of a token.
 
     Returns:
         Token ids and places, [num_rows] each, and the arrays of the step's `Units`.
     """
     units = plan_units(items, DECODE_WIDTH, DECODE_SPAN)
-    num_rows, num_units = rounded_up(len(items)), rounded_up(len(units.first))
-    num_parts = rounded_up(units.parts.shape[1])
+    num_rows, num_units = rounded_up(len(items)), rounded_up(max(len(units.first), least_units))
+    num_parts = rounded_up(max(units.parts.shape[1], least_parts))
     parts = np.pad(units.parts, ((0, 0), (0, num_parts - units.parts.shape[1])), mode="edge")
     filled = Units(
         tokens=np.arange(num_rows),

@@ -1,16 +1,26 @@
 """One forward pass over the packed tokens of a step."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Iterable, Sequence
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from pipeline.engine.adapter_step import REPLAYED_ROWS
 from pipeline.engine.adapters import AdapterBank, Slice
-from pipeline.engine.attention import NAME, KernelAttention, StepAttention, StepCache, kernels_for, paged_items
+from pipeline.engine.attention import (
+    NAME,
+    KernelAttention,
+    StepAttention,
+    StepCache,
+    kernels_for,
+    paged_items,
+    triton_kernels,
+)
 from pipeline.engine.batched_attention import BatchedAttention
 from pipeline.engine.decode_graphs import DecodeGraphs, Recorder, recorder_for
 from pipeline.engine.kv_cache import PagedCache, SlotCache, default_num_bytes
@@ -22,6 +32,9 @@ from pipeline.engine.soft_prompts import SoftPrompts
 from pipeline.engine.swift import pack_linears, use_kernels
 from pipeline.engine.transfer import to_device
 from pipeline.errors import BaseModelError
+
+if TYPE_CHECKING:
+    from pipeline.engine.kernels.gpu import GpuKernels
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +53,13 @@ class Runner:
         num_rows: How many tokens a step usually has.
         record: What records decode steps so that they are replayed; None for what the device has, CUDA graphs or
             nothing.
+        use_triton: Compute attention, norms and gates by kernels of Triton. Not the default: their speed has not been
+            measured yet.
 
     Raises:
         BaseModelError: The model cannot be run packed: it attends in a way of its own.
+        ConfigError: Triton's kernels are asked for, and the device is not a GPU.
+        MissingDependencyError: They are asked for, and Triton is not installed.
     """
 
     def __init__(
@@ -52,6 +69,7 @@ class Runner:
         kv_cache_bytes: int | None = None,
         num_rows: int = 64,
         record: Recorder | None = None,
+        use_triton: bool = False,
     ) -> None:
         self.bank: AdapterBank | None = None
         self._base = base
@@ -65,6 +83,7 @@ class Runner:
         trial = self._trial_tokens(int(config.vocab_size))
         wanted = self._stock_scores(trial)
         self._kernels = kernels_for(base.device, base.dtype)
+        self._gpu_kernels = triton_kernels(base.device, base.dtype) if use_triton else None
         self.cache = (SlotCache if self._kernels is not None else PagedCache)(
             (num_layers, 2, num_kv_heads, head_dim),
             dtype=base.dtype,
@@ -76,8 +95,9 @@ class Runner:
         self.graphs = None if record is None else DecodeGraphs(self._decode, record, base.device)
         self._graphs_version = 0
         self._told: set[str] = set()  # why steps ran eagerly
-        if self._kernels is not None:
-            use_kernels(base, self._kernels)
+        kernels = self._kernels or self._gpu_kernels
+        if kernels is not None:
+            use_kernels(base, kernels)
         pack_linears(base, num_rows)
         self._model.set_attn_implementation(NAME)
         self._check(trial, wanted)
@@ -124,7 +144,7 @@ class Runner:
         if isinstance(self.cache, PagedCache):
             told += [places(items), *(array for units in plan_step(items) for array in units.arrays())]
             inputs, at, last, own_places, *others = to_device(told, self._base.device)
-            attention = BatchedAttention(self.cache, own_places, units_of(others))
+            attention = BatchedAttention(self.cache, own_places, units_of(others), self._gpu_kernels)
         elif self._kernels is not None:
             inputs, at, last = to_device(told, self._base.device)
             attention = KernelAttention(self._kernels, chunks, self.cache, self._num_q_heads)
@@ -141,12 +161,18 @@ class Runner:
     def _decode(self, numbers: list[torch.Tensor]) -> torch.Tensor:
         if not isinstance(self.cache, PagedCache):
             raise TypeError("a recorded step needs keys and values in pages")
-        return decode_scores(self._model, self.cache, numbers)
+        return decode_scores(self._model, self.cache, numbers, self._gpu_kernels)
 
     def _replay(
         self, graphs: DecodeGraphs, chunks: list[Chunk], token_ids: Sequence[int], items: Sequence[Item]
     ) -> torch.Tensor:
-        numbers = plan_decode(token_ids, items)
+        kernels = self._gpu_kernels
+        numbers = plan_decode(
+            token_ids,
+            items,
+            least_units=1 if kernels is None else kernels.least_units,
+            least_parts=1 if kernels is None else kernels.least_parts,
+        )
         experts = [chunk.owner.expert for chunk in chunks]
         if self.bank is None:
             return graphs.run(numbers, key=False)[: len(chunks)]
@@ -221,20 +247,23 @@ class Runner:
             )
 
 
-def decode_scores(model: Any, cache: PagedCache, numbers: Sequence[torch.Tensor]) -> torch.Tensor:
+def decode_scores(
+    model: Any, cache: PagedCache, numbers: Sequence[torch.Tensor], kernels: GpuKernels | None = None
+) -> torch.Tensor:
     """A decode step as a function of tensors of whole numbers alone, none of which the host reads.
 
     Args:
         model: Attends by `packed_attention`.
         cache: Where keys and values lie.
         numbers: What `plan_decode` gives, on the device.
+        kernels: What computes attention; None for torch's operations.
 
     Returns:
         The scores of each row, [num_rows, vocab_size].
     """
     token_ids, own_places, *others = numbers
     (units,) = units_of(others)
-    attention = BatchedAttention(cache, own_places, [units])
+    attention = BatchedAttention(cache, own_places, [units], kernels)
     return _scores(model, attention, units.positions, input_ids=token_ids[None])
 
 

@@ -200,6 +200,7 @@ def load_engine(
     batch_size: int = 128,
     max_batch_tokens: int | None = None,
     kv_cache_bytes: int | None = None,
+    use_triton: bool = False,
 ) -> PackedEngine | PaddedEngine:
     """Load a base model and any number of experts over it, side by side; a request names its expert.
 
@@ -208,6 +209,7 @@ def load_engine(
         packages: The experts, by the names that requests give; a request without one gets the base model's answer.
         max_resident: At most this many adapters are on the device at a time; None for all.
         engine, device, dtype, quantization, batch_size, max_batch_tokens, kv_cache_bytes: As for `load_expert`.
+        use_triton: On a GPU, compute by kernels of Triton (packed); see `Runner`.
 
     Raises:
         As `load_expert`; and ConfigError for experts over the padded engine, which holds one merged expert only.
@@ -227,6 +229,7 @@ def load_engine(
         batch_size=batch_size,
         max_batch_tokens=max_batch_tokens or STEP_TOKENS,
         kv_cache_bytes=kv_cache_bytes,
+        use_triton=use_triton,
     )
     for name, package in (packages or {}).items():
         if made.bank is not None:

@@ -51,13 +51,18 @@ def oracles(base: Path) -> dict[str | None, Any]:
     return adapted | {None: AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval().to("cuda")}
 
 
-@pytest.fixture
-def load() -> Iterator[Callable[..., PackedEngine]]:
+@pytest.fixture(params=["torch", "triton"])
+def load(request: pytest.FixtureRequest) -> Iterator[Callable[..., PackedEngine]]:
     """Loads packed engines, which are closed after the test."""
+    use_triton = request.param == "triton"
+    if use_triton:
+        pytest.importorskip("triton", reason="Triton is not installed")
     loaded: list[PackedEngine] = []
 
     def load(path: Path, packages: dict[str, ExpertPackage] | None = None, **options: Any) -> PackedEngine:
-        engine = load_engine(path, packages, device="cuda", **({"kv_cache_bytes": POOL_BYTES} | options))
+        engine = load_engine(
+            path, packages, device="cuda", use_triton=use_triton, **({"kv_cache_bytes": POOL_BYTES} | options)
+        )
         assert isinstance(engine, PackedEngine)
         loaded.append(engine)
         return engine
