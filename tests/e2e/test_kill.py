@@ -20,7 +20,6 @@ from pipeline.batch.verify import verify
 from pipeline.cli import app
 from tests.e2e.processes import BIN, descendants, running, wait_until
 
-
 WORKER = "ray::MapWorker"
 
 
