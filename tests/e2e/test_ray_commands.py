@@ -57,10 +57,6 @@ def test_serve_deploy_and_serve_run_take_the_projects_file(head: Head, tmp_path:
     port = free_port()
     path = own_file(tmp_path, port)
     deployed = serve(head, "deploy", str(path))
-    for _ in range(5):  # a dashboard of a busy machine drops calls while it starts what they are passed on to
-        if "RemoteDisconnected" not in deployed.stderr:
-            break
-        deployed = serve(head, "deploy", str(path))
     assert deployed.returncode == 0, deployed.stdout + deployed.stderr
     assert wait_until(lambda: answer(port) == ANSWER, seconds=180), serve(head, "status").stdout
     ended = serve(head, "shutdown", "-y")
