@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -239,6 +240,7 @@ def load_tokenizer(package: ExpertPackage | None, base_path: Path) -> Any:
             f"the tokenizer in {source} has no chat template",
             hint="Add chat_template to tokenizer_config.json, or pack the tokenizer the expert was trained with.",
         )
+    tokenizer.model_max_length = sys.maxsize  # a prompt is held to the model's context; transformers would warn, too
     return tokenizer
 
 
