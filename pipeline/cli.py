@@ -259,7 +259,7 @@ def show_status(
     """
     with errors_on_exit("interrupted"):
         from pipeline.batch.status import output_status
-        from pipeline.batch.storage import open_storage
+        from pipeline.storage import open_storage
 
         status = output_status(open_storage(output, _options(storage_option)))
         typer.echo(json.dumps(status.to_dict(), ensure_ascii=False, indent=2) if as_json else str(status))
@@ -276,8 +276,8 @@ def verify_output(
     Example: expert verify-output demo-output/answers-2000
     """
     with errors_on_exit("interrupted"):
-        from pipeline.batch.storage import open_storage
         from pipeline.batch.verify import verify
+        from pipeline.storage import open_storage
 
         found = verify(open_storage(output, _options(storage_option)))
         typer.echo(json.dumps(found.to_dict(), ensure_ascii=False, indent=2) if as_json else str(found))

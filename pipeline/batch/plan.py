@@ -12,18 +12,18 @@ from pipeline.batch.answering import UNNAMED, JobExpert, engine_name
 from pipeline.batch.commit import JobOutput
 from pipeline.batch.config import BatchConfig, ResolvedColumns, resolve_columns
 from pipeline.batch.files import is_hidden
-from pipeline.batch.filesystems import protocol_of
 from pipeline.batch.layout import FINGERPRINT_METADATA
 from pipeline.batch.openai_answers import OpenAIRules
 from pipeline.batch.parts import PartFormat, plan_part_format
 from pipeline.batch.shards import ShardPlan
 from pipeline.batch.source import plan_shards
-from pipeline.batch.storage import open_storage
 from pipeline.batch.template import PromptTemplate
 from pipeline.engine.requests import GRAMMAR_KINDS, request_defaults
 from pipeline.engine.types import Grammar
 from pipeline.errors import BaseModelError, ConfigError, DatasetError
 from pipeline.package import ExpertPackage, model_digest, open_package, resolve_base_model
+from pipeline.storage import open_storage
+from pipeline.storage.filesystems import protocol_of
 from pipeline.version import __version__
 
 FINGERPRINT_VERSION = 3
