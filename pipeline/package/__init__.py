@@ -1,7 +1,14 @@
 """A `.expert` file -> a verified, unpacked `ExpertPackage`. This room knows neither torch nor Ray."""
 
 from pipeline.package.adapter import AdapterConfig
-from pipeline.package.base_model import model_digest, resolve_base_model, weights_digest
+from pipeline.package.base_model import (
+    FoundBaseModel,
+    find_base_model,
+    local_base_model,
+    model_digest,
+    resolve_base_model,
+    weights_digest,
+)
 from pipeline.package.builder import pack, standard_file_name
 from pipeline.package.integrity import FileRecord
 from pipeline.package.limits import ArchiveLimits
@@ -14,7 +21,10 @@ from pipeline.package.manifest import (
     Routing,
     SoftPrompt,
 )
-from pipeline.package.package import ExpertPackage, open_package, open_planned
+from pipeline.package.opening import open_package, open_planned
+from pipeline.package.package import ExpertPackage
+from pipeline.package.signatures import Signature, TrustPolicy
+from pipeline.package.store import PackageStore, StagedPackage
 
 __all__ = [
     "AdapterConfig",
@@ -25,9 +35,16 @@ __all__ = [
     "Decoding",
     "ExpertPackage",
     "FileRecord",
+    "FoundBaseModel",
     "Manifest",
+    "PackageStore",
     "Routing",
+    "Signature",
     "SoftPrompt",
+    "StagedPackage",
+    "TrustPolicy",
+    "find_base_model",
+    "local_base_model",
     "model_digest",
     "open_package",
     "open_planned",

@@ -20,7 +20,7 @@ from pipeline.package.json_text import read_json
 from pipeline.package.limits import ArchiveLimits
 from pipeline.package.manifest import Manifest
 from pipeline.package.manifest_reader import MANIFEST_NAME, MAX_MANIFEST_BYTES, read_manifest
-from pipeline.package.package import open_package
+from pipeline.package.opening import open_package
 
 SUFFIX = ".expert"
 COMPRESSION_LEVEL = 6

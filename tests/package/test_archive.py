@@ -160,7 +160,7 @@ def tree(root: Path) -> dict[str, bytes]:
     return {
         path.relative_to(root).as_posix(): path.read_bytes() if path.is_file() else b""
         for path in root.rglob("*")
-        if not path.is_dir() or path.is_symlink()
+        if (not path.is_dir() or path.is_symlink()) and path.suffix != ".lock"
     }
 
 

@@ -37,7 +37,7 @@ def test_a_packed_directory_opens(expert_dir: Callable[..., Path], out: Path, ca
     package = open_package(target, cache_dir=cache)
     spec = package.base.adapters[0]
     assert (spec.sha256, spec.size_bytes) == (hashlib.sha256(weights()).hexdigest(), len(weights()))
-    assert package.warnings == ()
+    assert package.warnings == ("expert-test@0.1.0 is not signed",)
 
 
 def test_facts_of_every_adapter_are_filled_in_and_the_rest_is_kept(expert_dir: Callable[..., Path], out: Path) -> None:

@@ -43,7 +43,7 @@ def test_what_a_package_says(expert_file: Path, cache: Path) -> None:
     assert package.tokenizer_dir == package.root
     assert package.grammar == 'root ::= "a"\n'
     assert [record.path for record in package.files] == sorted(expert_files())
-    assert package.warnings == ()
+    assert package.warnings == ("expert-test@0.1.0 is not signed",)
     assert pickle.loads(pickle.dumps(package)) == package  # noqa: S301  # our own object: Ray sends it to workers
 
 
@@ -101,14 +101,14 @@ def test_another_base_of_the_same_package(expert_dir: Callable[..., Path], cache
     files = expert_files(manifest__json=json.dumps(manifest(base_models=bases)).encode()) | {
         "tiny/adapter_model.safetensors": weights(1),
         "other/adapter_model.safetensors": weights(2),
-        "third/adapter_model.safetensors": weights(3),
+        "third/adapter_model.safetensors": weights(3, dora=False),
         "third/adapter_config.json": plain,
     }
     package = open_package(write_archive(tmp_path / "x.expert", files), cache_dir=cache)
     assert package.adapter_weights.read_bytes() == weights(1)
     third = package.for_base("Third")
     assert (third.base.name, third.adapter.kind, third.digest) == ("Third", "lora", package.digest)
-    assert third.adapter_weights.read_bytes() == weights(3)
+    assert third.adapter_weights.read_bytes() == weights(3, dora=False)
     assert third.for_base("Tiny") == package.for_base("F:/models/Tiny") == package
     with pytest.raises(IntegrityError):
         package.for_base("Other")
