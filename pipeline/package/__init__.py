@@ -10,6 +10,8 @@ from pipeline.package.base_model import (
     weights_digest,
 )
 from pipeline.package.builder import pack, standard_file_name
+from pipeline.package.constraints import check_together
+from pipeline.package.fits import fitting_base_model
 from pipeline.package.integrity import FileRecord
 from pipeline.package.limits import ArchiveLimits
 from pipeline.package.manifest import (
@@ -43,7 +45,9 @@ __all__ = [
     "SoftPrompt",
     "StagedPackage",
     "TrustPolicy",
+    "check_together",
     "find_base_model",
+    "fitting_base_model",
     "local_base_model",
     "model_digest",
     "open_package",

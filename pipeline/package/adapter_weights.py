@@ -149,13 +149,13 @@ def _base_shapes(base_path: Path) -> Shapes:
         ) from problem
 
 
-def vocabulary_size(base_path: Path) -> int | None:
-    """How many token ids the base model has embeddings for, by its config; None where it does not say."""
+def config_number(base_path: Path, name: str) -> int | None:
+    """A size that the base model's config.json gives, such as `vocab_size`; None where it does not say."""
     try:
-        size = json.loads((base_path / "config.json").read_bytes()).get("vocab_size")
+        value = json.loads((base_path / "config.json").read_bytes()).get(name)
     except (OSError, ValueError, AttributeError):
         return None
-    return size if type(size) is int and size > 0 else None
+    return value if type(value) is int and value > 0 else None
 
 
 def shortened(problems: list[str]) -> list[str]:

@@ -119,7 +119,7 @@ def cached(
     entry = read_entry(final)
     if entry is not None:
         return entry
-    with file_lock(cache_dir / "locks" / f"{kind}-{key[:2]}.lock"):
+    with file_lock(lock_of(cache_dir, kind, key)):
         entry = read_entry(final)
         if entry is not None:
             return entry
@@ -135,11 +135,22 @@ def cached(
             raise unwritable(cache_dir, problem) from problem
 
 
-def read_entry(place: Path) -> CacheEntry | None:
-    """The entry at `place`, or None where there is none or where a file is missing, added or of another size.
+def lock_of(cache_dir: Path, kind: Kind, key: str) -> Path:
+    """The file that is locked while the entry of that key is made or removed."""
+    return cache_dir / "locks" / f"{kind}-{key[:2]}.lock"
 
-    The index is marked as used now.
-    """
+
+def read_entry(place: Path) -> CacheEntry | None:
+    """The entry at `place`, as `index_of` finds it, marked as used now."""
+    entry = index_of(place)
+    if entry is not None:
+        with suppress(OSError):  # a cache that others filled may be read-only
+            os.utime(place / INDEX_NAME)
+    return entry
+
+
+def index_of(place: Path) -> CacheEntry | None:
+    """The entry at `place`, or None where there is none or where a file is missing, added or of another size."""
     try:
         index = json.loads((place / INDEX_NAME).read_bytes())
         if index["format"] != _INDEX_FORMAT:
@@ -150,8 +161,6 @@ def read_entry(place: Path) -> CacheEntry | None:
     root = place / FILES_NAME
     if content_digest(files) != index.get("digest") or {file.path: file.size for file in files} != _sizes(root):
         return None
-    with suppress(OSError):  # a cache that others filled may be read-only
-        os.utime(place / INDEX_NAME)
     return CacheEntry(root, files, index["digest"])
 
 

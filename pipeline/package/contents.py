@@ -5,6 +5,7 @@ from pathlib import Path
 from pipeline.errors import LoadError
 from pipeline.package.adapter import locate_adapter
 from pipeline.package.package import ExpertPackage
+from pipeline.package.pickled_prompt import PICKLE_SUFFIXES, prompt_width, read_pickled_prompt
 from pipeline.package.tokenizer import check_chat_templates, check_tokenizer
 from pipeline.package.weights import check_finite, read_safetensors_header
 
@@ -16,12 +17,18 @@ def check_values(package: ExpertPackage) -> None:
         package: As `read_package` found it.
 
     Raises:
-        AdapterError: An adapter or a soft prompt holds NaN or infinity, or is not valid safetensors.
+        AdapterError: An adapter or a soft prompt holds NaN or infinity, or is not valid safetensors; or a soft prompt
+            is not one tensor of the shape that the manifest says.
         TokenizerError: The tokenizer or its template could run away.
     """
     name = Path(package.source).name or package.source
     for path in sorted(_tensor_files(package)):
         check_finite(path, read_safetensors_header(path, source=name), source=name)
+    for prompt in package.manifest.soft_prompts:
+        if prompt.path.endswith(PICKLE_SUFFIXES):
+            read_pickled_prompt(package.root / prompt.path, prompt.tokens, source=name)
+        else:
+            prompt_width(package.root / prompt.path, prompt.tokens, source=name)
     records = {record.path: record for record in package.files}
     check_tokenizer(package.root, records, source=name)
     check_chat_templates(package.root, records, source=name)

@@ -158,3 +158,43 @@ def _no_cryptography() -> MissingDependencyError:
     return MissingDependencyError(
         "signatures need the package cryptography, which is not installed", hint="pip install cryptography"
     )
+
+
+def add_trusted_key(path: Path, name: str | None = None) -> Path:
+    """Put a public key into the trust store.
+
+    Args:
+        path: `NAME.pub`.
+        name: Whose it is; the file's name when not given.
+
+    Returns:
+        The file in the trust store.
+
+    Raises:
+        ConfigError: The file holds no public key, the name is none, or another key is trusted under it.
+    """
+    try:
+        with path.open("rb") as file:
+            key = parse_public_key(file.read(MAX_KEY_BYTES).decode().strip())
+    except (OSError, UnicodeDecodeError) as problem:
+        raise ConfigError(f"{path} cannot be read: {problem}", hint="Name a .pub file.") from problem
+    if key is None:
+        raise ConfigError(f"{path} holds no public key", hint="It should hold ed25519:<64 hex digits>.")
+    chosen = name or path.stem
+    if not _NAME.fullmatch(chosen):
+        raise ConfigError(f"{chosen!r} is no name for a key", hint="Use letters, digits, '.', '_', '@' and '-'.")
+    place = trust_dir() / f"{chosen}.pub"
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with place.open("x", encoding="ascii") as file:
+            file.write(f"{key.text}\n")
+    except FileExistsError as problem:
+        if place.read_text(encoding="ascii").strip() != key.text:
+            raise ConfigError(
+                f"another key is trusted as {chosen}", hint=f"Choose another --name, or remove {place} first."
+            ) from problem
+    except OSError as problem:
+        raise ConfigError(
+            f"{place} cannot be written: {problem.strerror}", hint="Set EXPERT_TRUST_DIR to a folder of yours."
+        ) from problem
+    return place

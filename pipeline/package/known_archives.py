@@ -8,8 +8,10 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 _SETTLED_NANOSECONDS = 2_000_000_000
 _FIELDS = ("st_dev", "st_ino", "st_size", "st_mtime_ns", "st_ctime_ns")
@@ -43,6 +45,35 @@ def remember_archive(cache_dir: Path, archive: Path, status: os.stat_result, sha
         fresh = place.with_name(f"{place.name}.{os.getpid()}")
         fresh.write_text(json.dumps(record), encoding="utf-8")
         fresh.replace(place)
+
+
+def remembered(cache_dir: Path) -> Iterator[tuple[str, str, bool]]:
+    """Every archive that was noted: its path, its sha256, and whether it is still there, unchanged."""
+    for _, record in _records(cache_dir):
+        try:
+            unchanged = _facts(os.stat(record["path"])) == record["status"]  # noqa: PTH116  # a path of any form
+        except OSError:
+            unchanged = False
+        yield record["path"], record["sha256"], unchanged
+
+
+def forget(cache_dir: Path, sha256: str) -> None:
+    """Remove the notes of the archives of that sha256."""
+    for place, record in _records(cache_dir):
+        if record["sha256"] == sha256:
+            place.unlink(missing_ok=True)
+
+
+def _records(cache_dir: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    for place in sorted((cache_dir / "archives").glob("*.json")):
+        with suppress(OSError, ValueError):
+            record = json.loads(place.read_bytes())
+            if (
+                isinstance(record, dict)
+                and isinstance(record.get("path"), str)
+                and {"sha256", "status"} <= record.keys()
+            ):
+                yield place, record
 
 
 def _place(cache_dir: Path, archive: Path) -> Path:

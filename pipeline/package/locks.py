@@ -49,9 +49,8 @@ def scratch_directory(parent: Path) -> Iterator[Path]:
     """
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        with file_lock(
-            parent.parent / "locks" / f"{parent.name}.births.lock"
-        ):  # no directory is between being made and being locked
+        # while it is held, no directory is between being made and being locked
+        with file_lock(parent.parent / "locks" / f"{parent.name}.births.lock"):
             sweep(parent)
             scratch = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX, dir=parent))
             handle = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

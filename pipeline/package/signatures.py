@@ -12,19 +12,17 @@ store.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import IntegrityError, TrustError
-from pipeline.package.integrity import FileRecord
+from pipeline.package.integrity import INTEGRITY_NAME, SIGNATURE_NAME, FileRecord
 from pipeline.package.json_text import read_json
-from pipeline.package.keys import PublicKey, parse_public_key, public_key, read_private_key, trusted_keys
+from pipeline.package.keys import parse_public_key, public_key, read_private_key, trusted_keys
 from pipeline.package.manifest import Manifest
 
-INTEGRITY_NAME = "integrity.json"
-SIGNATURE_NAME = "signature.sig"
 MANIFEST_NAME = "manifest.json"
 INTEGRITY_FORMAT = 1
 MAX_INTEGRITY_BYTES = 8 << 20
@@ -110,17 +108,16 @@ def require(policy: TrustPolicy, signature: Signature, *, label: str) -> None:
         raise TrustError(f"{label} is {signature.describe()}; trust is {policy!r}", hint=hint)
 
 
-def sign_directory(root: Path, files: tuple[FileRecord, ...], manifest: Manifest, key_file: Path) -> PublicKey:
-    """Write `integrity.json` and `signature.sig` into a package's directory, in place of those that are there.
+def sign_files(files: Sequence[FileRecord], manifest: Manifest, key_file: Path) -> dict[str, bytes]:
+    """Sign a package.
 
     Args:
-        root: The directory.
-        files: Every file of it.
+        files: Every file of it; a signature that is among them is left out.
         manifest: Its manifest.
         key_file: The private key.
 
     Returns:
-        The public key of the signer.
+        The bytes of `integrity.json` and `signature.sig`, by name.
 
     Raises:
         ConfigError: The key cannot be used.
@@ -136,12 +133,10 @@ def sign_directory(root: Path, files: tuple[FileRecord, ...], manifest: Manifest
         "files": [asdict(record) for record in sorted(_listed(files), key=lambda record: record.path)],
     }
     data = (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode()
-    (root / INTEGRITY_NAME).write_bytes(data)
-    (root / SIGNATURE_NAME).write_text(private.sign(data).hex() + "\n", encoding="ascii")
-    return key
+    return {INTEGRITY_NAME: data, SIGNATURE_NAME: f"{private.sign(data).hex()}\n".encode()}
 
 
-def _listed(files: tuple[FileRecord, ...]) -> list[FileRecord]:
+def _listed(files: Sequence[FileRecord]) -> list[FileRecord]:
     return [record for record in files if record.path not in (INTEGRITY_NAME, SIGNATURE_NAME)]
 
 

@@ -7,6 +7,7 @@
 """
 
 import json
+import os
 import re
 import time
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import IntegrityError, PackageNotFoundError, StoreError
 from pipeline.package.cache import FILES_NAME, INDEX_NAME, KINDS, CacheEntry, Check, Kind, accept, cached, read_entry
+from pipeline.package.download import is_url
 from pipeline.package.integrity import FileRecord, content_digest
 from pipeline.package.limits import ArchiveLimits
 from pipeline.package.paths import NameTable, safe_path
@@ -75,7 +77,8 @@ def parse_reference(place: str) -> Reference | None:
     if any((folder / name).exists() for name in ("manifest.json", "config.json", INDEX_NAME)):
         return None
     kind: Kind = "packages" if match["kind"] == "packages" else "models"
-    return Reference(match["store"], kind, match["digest"])
+    store = match["store"] if is_url(place) else os.path.abspath(match["store"])  # noqa: PTH100  # follows no links
+    return Reference(store, kind, match["digest"])
 
 
 def read_marker(storage: "Storage", digest: str) -> Marker | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import TokenizerError
-from pipeline.package.adapter_weights import vocabulary_size
+from pipeline.package.adapter_weights import config_number
 from pipeline.package.integrity import FileRecord
 
 CONFIG_NAME = "tokenizer_config.json"
@@ -19,7 +19,6 @@ MAX_TEMPLATE_CHARACTERS = 256 << 10
 MAX_PATTERN_CHARACTERS = 4096
 _CODE = ("auto_map", "custom_pipelines", "trust_remote_code")
 _HINT = "Save the tokenizer again with transformers' save_pretrained, without custom code, and pack the expert."
-_GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")  # marks of transformers, which jinja does not know
 _NO_SYNTAX = re.compile(r"\\[pPxu]\{[^}]*\}|\\.|\[\^?\]?(?:\\.|\[:\w+:\]|[^\]\\])*\]", re.DOTALL)  # escapes, classes
 _UNBOUNDED = re.compile(r"[*+]|\{\d*,\}")
 _SYNTAX = re.compile(r"[()]|[*+]|\{\d*,\}")
@@ -64,27 +63,20 @@ def check_tokenizer(root: Path, records: Mapping[str, FileRecord], *, source: st
 
 
 def check_chat_templates(root: Path, records: Mapping[str, FileRecord], *, source: str) -> None:
-    """Refuse a chat template that is no template, or too long.
+    """Refuse a chat template that is no template, is too long, or runs away with an ordinary conversation.
 
     Raises:
-        TokenizerError: It is.
+        TokenizerError: It is, or does.
     """
-    from jinja2 import TemplateSyntaxError, nodes
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from pipeline.package.template_trial import try_template  # it brings in jinja
 
-    environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
     for place, text in _templates(root, records, source):
         if len(text) > MAX_TEMPLATE_CHARACTERS:
             most = f"{MAX_TEMPLATE_CHARACTERS:,} are allowed"
             raise _template_error(source, place, f"it has {len(text):,} characters; {most}")
-        try:
-            tree = environment.parse(_GENERATION.sub("", text))
-        except TemplateSyntaxError as problem:
-            raise _template_error(source, place, f"line {problem.lineno}: {problem.message}") from problem
-        except RecursionError as problem:
-            raise _template_error(source, place, "it is nested too deep") from problem
-        for node in tree.find_all((nodes.Import, nodes.FromImport, nodes.Include, nodes.Extends)):
-            raise _template_error(source, place, f"line {node.lineno}: it takes in another template")
+        problem = try_template(text)
+        if problem is not None:
+            raise _template_error(source, place, problem)
 
 
 def check_fits_vocabulary(package_root: Path, base_path: Path, *, label: str) -> None:
@@ -99,7 +91,7 @@ def check_fits_vocabulary(package_root: Path, base_path: Path, *, label: str) ->
         TokenizerError: It has a token that the base model has no embedding for, or gives a control token another id.
     """
     mine = _token_ids(package_root)
-    size = vocabulary_size(base_path)
+    size = config_number(base_path, "vocab_size")
     if not mine:
         return
     last = max(mine, key=mine.__getitem__)

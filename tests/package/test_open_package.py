@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from pipeline.errors import (
     ArchiveError,
@@ -83,11 +85,13 @@ def test_no_grammar(expert_dir: Callable[..., Path]) -> None:
 
 
 def test_a_soft_prompt_that_is_not_there_is_an_error(expert_dir: Callable[..., Path]) -> None:
-    prompt = {"name": "style", "path": "soft_prompts/style.bin", "tokens": 4}
+    prompt = {"name": "style", "path": "soft_prompts/style.safetensors", "tokens": 4}
     named = json.dumps(manifest(soft_prompts=[prompt])).encode()
-    with pytest.raises(ManifestError, match=r"'soft_prompts/style\.bin' is not in the package"):
+    with pytest.raises(ManifestError, match=r"'soft_prompts/style\.safetensors' is not in the package"):
         open_package(expert_dir(manifest__json=named))
-    package = open_package(expert_dir(manifest__json=named, **{"soft_prompts/style.bin": b"x"}))
+    package = open_package(
+        expert_dir(manifest__json=named, **{"soft_prompts/style.safetensors": save({"prompt": np.zeros((4, 8), "f4")})})
+    )
     assert package.manifest.soft_prompts[0].tokens == 4
 
 
