@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 from pipeline import BatchResult, run_batch
 from pipeline.batch import run_config
 from pipeline.batch.config_file import load_config
-from pipeline.batch.local_storage import LocalStorage
 from pipeline.batch.status import output_status
 from pipeline.batch.verify import verify
 from pipeline.cli import app
+from pipeline.storage.local import LocalStorage
 from tests.e2e.processes import BIN, descendants, running, wait_until
 
 WORKER = "ray::MapWorker"
