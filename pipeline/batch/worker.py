@@ -83,7 +83,7 @@ class ShardWorker:
             Watchdog(self._answering.progress, job.progress_timeout, last_words=self._trials.explain)
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Answer the shards of a block; see `blocks.shard_blocks` for its form.
+        """Answer the shards of a block; see `blocks.run_blocks` for its form.
 
         Returns:
             A row a shard: `receipt` and `stats` (`ShardStats`), both JSON.
