@@ -74,7 +74,7 @@ def _show(results: list[dict[str, Any]], machine: str) -> None:
             if "error" in row:
                 table.add_row(row["error"])
             else:
-                table.add_row(*(_text(row[column]) for column in columns))
+                table.add_row(*(text_of(row[column]) for column in columns))
         console.print(table)
 
 
@@ -83,12 +83,14 @@ _COLUMNS = {
     "resume": ("shards", "packed", "seconds", "memory_before_mib", "memory_peak_mib", "finish_seconds"),
     "job": (
         *("rows", "shards", "workers", "first_row_seconds", "run_seconds", "rows_per_second", "ms_per_shard"),
+        *("cpu_ms_per_shard", "driver_cpu_ms_per_shard"),
         *("finish_seconds", "memory_before_mib", "memory_half_mib", "memory_peak_mib"),
     ),
 }
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
+    """A figure as a table shows it."""
     if isinstance(value, float):
         return f"{value:,.1f}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

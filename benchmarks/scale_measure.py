@@ -5,8 +5,11 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from benchmarks.scale_data import make_commits, make_files, output_of
 
@@ -59,6 +62,7 @@ def measure_resume(*, folder: str, shards: int, packed: bool) -> dict[str, Any]:
 def measure_job(*, folder: str, rows: int, shard_rows: int, workers: int) -> dict[str, Any]:
     """Run a job with the engine that only echoes, on a Ray of its own."""
     from pipeline import demo
+    from pipeline.batch.cluster import connect
     from pipeline.batch.config import BatchConfig
     from pipeline.batch.echo import load_echo
     from pipeline.batch.execute import execute
@@ -92,7 +96,10 @@ def measure_job(*, folder: str, rows: int, shard_rows: int, workers: int) -> dic
             memory.append(resident_mib())
 
     before, phases = resident_mib(), Phases()
+    connect(config.ray_address)
+    cpu_before, driver_before = tree_cpu_seconds(), time.process_time()
     execute(job, {}, Progress(enabled=False), phases, on_receipt, load=load_echo)
+    cpu, driver_cpu = tree_cpu_seconds() - cpu_before, time.process_time() - driver_before
     started = time.perf_counter()
     manifest = job.output.finish(done)
     finish_seconds = time.perf_counter() - started
@@ -109,11 +116,24 @@ def measure_job(*, folder: str, rows: int, shard_rows: int, workers: int) -> dic
         "run_seconds": seconds["run"],
         "rows_per_second": round(rows / seconds["run"]),
         "ms_per_shard": 1000 * seconds["run"] / shards,
+        "cpu_ms_per_shard": 1000 * cpu / shards,
+        "driver_cpu_ms_per_shard": 1000 * driver_cpu / shards,
         "finish_seconds": finish_seconds,
         "memory_before_mib": before,
         "memory_half_mib": memory[0],
         "memory_peak_mib": peak_mib(),
     }
+
+
+def tree_cpu_seconds() -> float:
+    """Processor time of this process and of all it has started: what stays the same on a machine that does more."""
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    total = 0.0
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
 
 
 def resident_mib() -> float:

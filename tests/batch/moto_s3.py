@@ -1,4 +1,4 @@
-"""moto's S3 server in a thread, with faults between it and whoever asks: errors, answers that are lost, slow or cut off."""
+"""moto's S3 server in a thread, with faults before it: errors, answers that are lost, late or cut off."""
 
 import logging
 import threading

@@ -1,4 +1,4 @@
-"""Jobs on a real Ray of several nodes, while workers are killed at their commits, nodes go and come, and drivers die."""
+"""Jobs on a real Ray of several nodes, while workers die at their commits, nodes go and come, and drivers die."""
 
 import json
 import signal
