@@ -2,9 +2,9 @@
 
     python -m benchmarks.batch_soak --minutes 10 --seed 1
 
-Jobs (their engine only echoes) run one after another. Whenever some more parts are there, a worker, the driver or a node is
-killed; a driver that was killed is run again by the same command, a node is followed by another one. When a job is finished, its
-output must have every row once, in order, with its own answer, and `verify` must find nothing.
+Jobs (their engine only echoes) run one after another. Whenever some more parts are there, a worker, the driver or a
+node is killed; a driver that was killed is run again by the same command, a node is followed by another one. When a
+job is finished, its output must have every row once, in order, with its own answer, and `verify` must find nothing.
 """
 
 import json
@@ -149,8 +149,8 @@ def main(
             soak.close()
     killed = ", ".join(f"{count} {victim}s" for victim, count in sorted(soak.killed.items()))
     console.print(
-        f"{time.monotonic() - started:.0f} s, seed {seed}: {soak.num_jobs} jobs of {ROWS} rows in {soak.num_runs} runs, "
-        f"each with every row once and in order; killed: {killed}",
+        f"{time.monotonic() - started:.0f} s, seed {seed}: {soak.num_jobs} jobs of {ROWS} rows in {soak.num_runs} runs,"
+        f" each with every row once and in order; killed: {killed}",
         highlight=False,
     )
 
