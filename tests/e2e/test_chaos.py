@@ -1,7 +1,9 @@
-"""Jobs on a real Ray of several nodes, while workers die at their commits, nodes go and come, and drivers die."""
+"""A job on a real Ray of several nodes, while workers die at their commits, and nodes go and come.
+
+Drivers that die are in test_deaths, at every step, and in test_kill, on Ray; `benchmarks.batch_soak` kills them all.
+"""
 
 import json
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from ray.cluster_utils import Cluster
 from pipeline import demo
 from pipeline.batch.local_storage import LocalStorage
 from pipeline.batch.verify import verify
-from tests.e2e.processes import BIN, run, running, wait_until
+from tests.e2e.processes import BIN, running, wait_until
 
 NUM_ROWS = 96
 WORKER_DEATHS = (
@@ -93,16 +95,3 @@ def test_workers_die_at_their_commits_while_nodes_go_and_come(nodes: Cluster, tm
         assert driver.returncode == 0, (tmp_path / "log").read_text()
     assert len(list(marks.iterdir())) == len(WORKER_DEATHS), "every one of them died"
     assert is_whole(output)
-
-
-@pytest.mark.timeout(400)
-def test_a_driver_dies_at_the_end_and_is_run_again(nodes: Cluster, tmp_path: Path) -> None:
-    told: dict[str, Any] = {"job": options(nodes, tmp_path, "out")}
-    died = run(command({**told, "driver_death": "_manifest.json"}))
-    assert died.returncode == -signal.SIGKILL, died.stderr
-    parts = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("part-*")}
-    assert len(parts) == NUM_ROWS // 4
-    again = run(command(told))
-    assert again.returncode == 0, again.stderr
-    assert is_whole(tmp_path / "out")
-    assert parts == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("part-*")}
