@@ -134,7 +134,7 @@ def _serve() -> None:
         if pid == 0:
             death = None if asked["death"] is None else Death(**asked["death"])
             sys.addaudithook(Steps(Path(job.config.output), death, writing))
-            _drive(job, mended=asked["mended"])
+            drive_here(job, mended=asked["mended"])
             os._exit(0)
         os.close(writing)
         with os.fdopen(reading) as steps:
@@ -153,11 +153,12 @@ def _prepared(options: str) -> PreparedJob:
     return prepare(config, open_experts(config))
 
 
-def _drive(job: PreparedJob, *, mended: bool) -> None:
+def drive_here(job: PreparedJob, *, mended: bool) -> None:
+    """Drive a job in this process; see `Drivers.run`."""
     phases = Phases()
     recorder = RunRecorder(phases)
     execute = partial(execute_here, load=load_echo if mended else load_failing)
-    with hold(job.output.storage) as lease, recorder.recording(job.output.storage):
+    with hold(job.output.storage, seconds=job.config.lease_seconds) as lease, recorder.recording(job.output.storage):
         drive(job, lease, Progress(enabled=False), phases, recorder, execute=execute)
 
 
