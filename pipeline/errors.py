@@ -27,7 +27,7 @@
     │   │   └── LeaseLostError          another driver has taken the output over
     │   ├── JobFailedError              workers failed; what is committed stays
     │   ├── TooManyErrorsError          more rows have errors than the job allows
-    │   └── WorkerLostError             a shard ends its workers again and again
+    │   └── WorkerLostError             a shard, or loading, ends workers again and again
     └── ServeError                      an online request is refused, or its answer is lost
         ├── AuthenticationError         no API key, or one that is not known
         ├── UnknownRouteError           nothing is served there, or not to that method
@@ -233,7 +233,7 @@ class TooManyErrorsError(BatchError):
 
 
 class WorkerLostError(BatchError):
-    """A shard ends its workers again and again, whichever of its rows they answer."""
+    """A shard ends its workers again and again, whichever of its rows they answer; or one ends each time it loads."""
 
     code = "worker_lost"
 

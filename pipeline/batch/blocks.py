@@ -3,9 +3,13 @@
 A row holds the shard's description (`shard`, JSON) and its rows as they were read (`rows`, an Arrow IPC stream). So a
 shard without rows is a block like any other, every shard keeps its own schema, and Ray Data reads ahead of the workers
 under its own back-pressure.
+
+Shards that follow each other are read by one task, a run, which hands on each as soon as it is read: a task costs the
+driver milliseconds, and what the shards of a run share is opened and decoded once. `ONE_ROW_A_BLOCK` must be set in the
+context of a dataset that is made of them, or Ray Data would put the small blocks of a task together.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,45 +20,61 @@ from ray.data.datasource import Datasource, ReadTask
 from pipeline.batch.parts import PartFormat
 from pipeline.batch.result import read_part
 from pipeline.batch.shards import Shard
-from pipeline.batch.source import read_shard
+from pipeline.batch.source import read_shards
 from pipeline.storage import Storage
 
 BLOCK_SCHEMA = pa.schema([("shard", pa.string()), ("rows", pa.large_binary())])
+ONE_ROW_A_BLOCK = {"target_max_block_size": 1}  # bytes: no two rows fit
+RUN_SHARDS = 64  # at most, in a run
+RUNS_PER_READER = 8  # at least, so that the last runs end together
 
 
-class ShardDatasource(Datasource):
-    """The shards of a plan that are still to be answered, one `ReadTask` each.
+def plan_runs(shards: Sequence[Shard], num_readers: int) -> list[tuple[Shard, ...]]:
+    """Which shards are read by one task.
 
     Args:
         shards: Those to read.
+        num_readers: Tasks that read at a time.
+    """
+    size = max(1, min(RUN_SHARDS, len(shards) // (RUNS_PER_READER * num_readers)))
+    return [tuple(shards[start : start + size]) for start in range(0, len(shards), size)]
+
+
+class ShardDatasource(Datasource):
+    """The shards of a plan that are still to be answered, one `ReadTask` a run.
+
+    Args:
+        runs: Those to read, from `plan_runs`.
         storage_options: Passed to the file system.
     """
 
-    def __init__(self, shards: Sequence[Shard], storage_options: Mapping[str, Any]) -> None:
+    def __init__(self, runs: Sequence[Sequence[Shard]], storage_options: Mapping[str, Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # Ray does not annotate it
-        self._shards = tuple(shards)
+        self._runs = tuple(runs)
         self._storage_options = dict(storage_options)
 
     def estimate_inmemory_data_size(self) -> int | None:
         """Bytes of all shards, about."""
-        return sum(shard_bytes(shard) for shard in self._shards)
+        return sum(shard_bytes(shard) for run in self._runs for shard in run)
 
     def get_read_tasks(self, *_: Any, **__: Any) -> list[ReadTask]:
-        """One task a shard, whatever parallelism Ray would like: a shard must stay whole."""
-        return [self._task(shard) for shard in self._shards]
+        """One task a run, whatever parallelism Ray would like: a shard must stay whole."""
+        return [self._task(run) for run in self._runs]
 
-    def _task(self, shard: Shard) -> ReadTask:
-        metadata = BlockMetadata(num_rows=1, size_bytes=shard_bytes(shard), input_files=shard.paths, exec_stats=None)
-        return ReadTask(partial(shard_blocks, shard, self._storage_options), metadata, BLOCK_SCHEMA)
+    def _task(self, run: Sequence[Shard]) -> ReadTask:
+        metadata = BlockMetadata(
+            num_rows=len(run), size_bytes=sum(map(shard_bytes, run)), input_files=None, exec_stats=None
+        )
+        return ReadTask(partial(run_blocks, run, self._storage_options), metadata, BLOCK_SCHEMA)
 
 
-def shard_blocks(shard: Shard, storage_options: Mapping[str, Any]) -> list[pa.Table]:
-    """Read a shard and wrap it as one block of one row."""
-    table = read_shard(shard, storage_options=storage_options)
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return [pa.table({"shard": [shard.to_json()], "rows": [sink.getvalue().to_pybytes()]}, schema=BLOCK_SCHEMA)]
+def run_blocks(run: Sequence[Shard], storage_options: Mapping[str, Any]) -> Iterator[pa.Table]:
+    """Read shards, and wrap each as one block of one row."""
+    for shard, table in zip(run, read_shards(run, storage_options), strict=True):
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        yield pa.table({"shard": [shard.to_json()], "rows": [sink.getvalue().to_pybytes()]}, schema=BLOCK_SCHEMA)
 
 
 def shard_bytes(shard: Shard) -> int:

@@ -1,5 +1,6 @@
 """Driving a job that holds its output's lease: what is there already, what is answered now, and the end."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +13,18 @@ from pipeline.batch.receipts import Packer, Receipt
 from pipeline.batch.retry import RetryPlan, open_round, put_in_place, read_plan, round_output
 from pipeline.batch.run_record import RunRecorder
 
+Execute = Callable[..., RunCounts]
+"""Answers the shards that are not done: `execute.execute`, or what takes its place."""
+
 
 def drive(
-    job: PreparedJob, lease: Lease, progress: Progress, phases: Phases, recorder: RunRecorder
+    job: PreparedJob,
+    lease: Lease,
+    progress: Progress,
+    phases: Phases,
+    recorder: RunRecorder,
+    *,
+    execute: Execute = execute,
 ) -> tuple[dict[str, Any], RunCounts | None]:
     """Answer what is not answered yet, and finish the job.
 
@@ -24,6 +34,7 @@ def drive(
         progress: Shows how far it is.
         phases: A timer for the phases.
         recorder: Takes down what this run does.
+        execute: How shards are answered: on Ray, unless told otherwise.
 
     Returns:
         The manifest, and what this run answered; None when there was nothing to do.
@@ -59,7 +70,7 @@ def drive(
 
     counts = execute(job, dict(done), progress, phases, on_receipt, recorder=recorder, is_resumed=is_resumed)
     if plan is not None:
-        again = _answer_again(job, plan, done, lease, progress, phases, recorder)
+        again = _answer_again(job, plan, done, lease, progress, phases, recorder, execute)
         counts = RunCounts(counts.rows + again.rows, counts.completion_tokens + again.completion_tokens)
     with phases.phase("commit"):
         lease.confirm()
@@ -88,6 +99,7 @@ def _answer_again(
     progress: Progress,
     phases: Phases,
     recorder: RunRecorder,
+    execute: Execute,
 ) -> RunCounts:
     mending = replace(job, output=round_output(job.output, plan))
     mended = mending.output.committed()

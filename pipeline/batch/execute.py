@@ -14,7 +14,7 @@ from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 from ray.data.exceptions import ExecutionTimeoutError
 
 from pipeline.batch.answering import EngineJob, Loader, load_engine
-from pipeline.batch.blocks import ShardDatasource
+from pipeline.batch.blocks import ONE_ROW_A_BLOCK, ShardDatasource, plan_runs
 from pipeline.batch.cluster import Cluster, connect
 from pipeline.batch.config import BatchConfig
 from pipeline.batch.error_limits import ErrorTally
@@ -114,7 +114,7 @@ def execute(
     with phases.phase("start"):
         cluster = connect(job.config.ray_address)
         workers = plan_workers(job.config, cluster, len(pending))
-        receipts = _receipts(job, pending, workers, _worker_job(job, workers, is_resumed=is_resumed, load=load))
+        receipts = _receipts(job, pending, workers, worker_job(job, workers, is_resumed=is_resumed, load=load))
     rows_done, errors_done = sum(item.rows for item in already), sum(item.errors for item in already)
     if recorder is not None:
         recorder.plan_workers(workers.most)
@@ -191,12 +191,14 @@ def _receipts(
     job: PreparedJob, pending: list[Shard], workers: Workers, told: WorkerJob
 ) -> Generator[tuple[Receipt, ShardStats], None, None]:
     """The receipt of each shard as it is committed, and how it was answered."""
-    with quiet():
+    num_readers = READS_PER_WORKER * workers.most
+    runs = plan_runs(pending, num_readers)
+    with quiet(**ONE_ROW_A_BLOCK):
         answered = ray.data.read_datasource(
-            ShardDatasource(pending, job.config.storage_options),
+            ShardDatasource(runs, job.config.storage_options),
             num_cpus=0,  # reading waits for storage; it must find room beside workers that hold every core
-            compute=TaskPoolStrategy(size=min(READS_PER_WORKER * workers.most, len(pending))),
-            override_num_blocks=len(pending),  # Ray Data would cut the blocks of a short plan further
+            compute=TaskPoolStrategy(size=min(num_readers, len(runs))),
+            override_num_blocks=len(runs),  # Ray Data would cut the blocks of a short plan further
         ).map_batches(
             ShardWorker,
             fn_constructor_args=(told,),
@@ -222,7 +224,15 @@ def _receipts(
         raise _job_failed(error) from error
 
 
-def _worker_job(job: PreparedJob, workers: Workers, *, is_resumed: bool, load: Loader) -> WorkerJob:
+def worker_job(job: PreparedJob, workers: Workers, *, is_resumed: bool, load: Loader) -> WorkerJob:
+    """What each worker of a job is told.
+
+    Args:
+        job: The job.
+        workers: What each is given.
+        is_resumed: Whether the output was begun by another run.
+        load: How workers come to their engines.
+    """
     config = job.config
     return WorkerJob(
         engine=EngineJob(
@@ -251,12 +261,17 @@ def _worker_job(job: PreparedJob, workers: Workers, *, is_resumed: bool, load: L
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Datasets made in here show none of Ray Data's own progress, and hand our errors back."""
+def quiet(**more: Any) -> Iterator[None]:
+    """Datasets made in here show none of Ray Data's own progress, and hand our errors back.
+
+    Args:
+        more: Other settings of Ray Data's context.
+    """
     context = DataContext.get_current()
-    before = {name: getattr(context, name) for name in QUIET}
+    settings = {**QUIET, **more}
+    before = {name: getattr(context, name) for name in settings}
     try:
-        for name, value in QUIET.items():
+        for name, value in settings.items():
             setattr(context, name, value)
         yield
     finally:

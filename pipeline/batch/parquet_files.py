@@ -3,7 +3,7 @@
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -59,13 +59,27 @@ def read_footer(file: BinaryIO, name: str, *, bomb_bytes: int = BOMB_BYTES) -> F
 def read_rows(
     file: BinaryIO, name: str, start: int, stop: int, columns: Sequence[str] | None, *, batch_rows: int = 1024
 ) -> pa.Table:
-    """Rows `start` to `stop` of a Parquet file, from the row groups that hold them.
+    """Rows `start` to `stop` of a Parquet file, from the row groups that hold them; see `read_ranges`."""
+    return next(read_ranges(file, name, [(start, stop)], columns, batch_rows=batch_rows))
+
+
+def read_ranges(
+    file: BinaryIO,
+    name: str,
+    ranges: Sequence[tuple[int, int]],
+    columns: Sequence[str] | None,
+    *,
+    batch_rows: int = 1024,
+) -> Iterator[pa.Table]:
+    """Rows of a Parquet file, a table for each range; what several ranges have in common is decoded once.
+
+    A row group can only be decoded from its beginning, so that ranges read one by one would decode what stands before
+    them again and again.
 
     Args:
-        file: Open for reading.
+        file: Open for reading, until the last table is taken.
         name: The file, for messages.
-        start: First row, counted in the file.
-        stop: One past the last row.
+        ranges: First row, counted in the file, and one past the last row of each; ascending and apart.
         columns: Those to read, as far as the file has them; None for all.
         batch_rows: Rows decoded at a time.
 
@@ -73,35 +87,72 @@ def read_rows(
         DatasetError: The file is damaged, or has fewer rows than that.
     """
     footer = read_footer(file, name)
-    metadata, names = footer.metadata, footer.schema.names
-    if not 0 <= start <= stop <= metadata.num_rows:
-        raise DatasetError(
-            f"{name} has {metadata.num_rows} rows, not the {stop} it was planned with",
-            hint="Do not change input files while a job runs; start the job again in another output folder.",
-        )
+    names = footer.schema.names
     wanted = names if columns is None else [column for column in columns if column in names]
-    if not wanted:
-        return pa.Table.from_struct_array(pa.array([{}] * (stop - start), pa.struct([])))
-    groups, first = _overlapping(metadata, start, stop)
-    parquet = pq.ParquetFile(
-        file,
-        metadata=metadata,
-        pre_buffer=False,
-        buffer_size=_BUFFER_BYTES,
-        page_checksum_verification=True,
-        arrow_extensions_enabled=False,
-    )
-    batches = parquet.iter_batches(
-        batch_rows, row_groups=groups, columns=None if columns is None else wanted, use_threads=False
-    )
-    pieces = list(_slices(batches, start - first, stop - start))
-    table = pa.Table.from_batches(pieces) if pieces else footer.schema.empty_table()
-    if table.num_rows != stop - start:
-        raise DatasetError(
-            f"{name} holds fewer rows than its footer says", hint="Write or copy the file again; it is damaged."
+    stream = _RowStream(file, footer, None if columns is None else wanted, batch_rows)
+    for start, stop in ranges:
+        if not 0 <= start <= stop <= footer.metadata.num_rows:
+            raise DatasetError(
+                f"{name} has {footer.metadata.num_rows} rows, not the {stop} it was planned with",
+                hint="Do not change input files while a job runs; start the job again in another output folder.",
+            )
+        if not wanted:
+            yield pa.Table.from_struct_array(pa.array([{}] * (stop - start), pa.struct([])))
+            continue
+        pieces = stream.take(start, stop)
+        table = pa.Table.from_batches(pieces) if pieces else footer.schema.empty_table()
+        if table.num_rows != stop - start:
+            raise DatasetError(
+                f"{name} holds fewer rows than its footer says", hint="Write or copy the file again; it is damaged."
+            )
+        # a name in `columns` also brings columns whose names begin with it and a dot
+        yield table.select(wanted).replace_schema_metadata(None)
+
+
+class _RowStream:
+    """The rows of a file as they are decoded; row groups that hold none of those asked for are passed over."""
+
+    def __init__(self, file: BinaryIO, footer: Footer, columns: Sequence[str] | None, batch_rows: int) -> None:
+        self._metadata = footer.metadata
+        self._columns = columns
+        self._batch_rows = batch_rows
+        self._parquet = pq.ParquetFile(
+            file,
+            metadata=footer.metadata,
+            pre_buffer=False,
+            buffer_size=_BUFFER_BYTES,
+            page_checksum_verification=True,
+            arrow_extensions_enabled=False,
         )
-    # a name in `columns` also brings columns whose names begin with it and a dot
-    return table.select(wanted).replace_schema_metadata(None)
+        self._batches: Iterator[pa.RecordBatch] = iter(())
+        self._batch: pa.RecordBatch | None = None  # decoded, and not all of it taken
+        self._group = -1  # the row group that is decoded
+        self._position = 0  # the row that comes next
+
+    def take(self, start: int, stop: int) -> list[pa.RecordBatch]:
+        """The rows from `start` up to `stop`; fewer where the file holds fewer."""
+        pieces: list[pa.RecordBatch] = []
+        for group, begin, end in _overlapping(self._metadata, start, stop):
+            if group != self._group:
+                self._batches = self._parquet.iter_batches(
+                    self._batch_rows, row_groups=[group], columns=self._columns, use_threads=False
+                )
+                self._batch, self._group, self._position = None, group, begin
+            pieces.extend(self._take_of_group(start, min(stop, end)))
+        return pieces
+
+    def _take_of_group(self, start: int, stop: int) -> Iterator[pa.RecordBatch]:
+        while self._position < stop:
+            batch = self._batch if self._batch is not None else next(self._batches, None)
+            if batch is None:
+                return
+            skip = min(max(start - self._position, 0), batch.num_rows)
+            piece = batch.slice(skip, stop - self._position - skip)
+            self._position += skip + piece.num_rows
+            left = batch.slice(skip + piece.num_rows)
+            self._batch = left if left.num_rows else None
+            if piece.num_rows:
+                yield piece
 
 
 def _footer_bytes(file: BinaryIO, name: str) -> bytes:
@@ -138,27 +189,11 @@ def _check_sizes(metadata: pq.FileMetaData, name: str, bomb_bytes: int) -> None:
                 )
 
 
-def _overlapping(metadata: pq.FileMetaData, start: int, stop: int) -> tuple[list[int], int]:
-    """The row groups that hold rows of [start, stop), and the row with which the first of them begins."""
-    groups: list[int] = []
-    first = position = 0
+def _overlapping(metadata: pq.FileMetaData, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """The row groups that hold rows of [start, stop): their numbers, first rows, and the rows after their last ones."""
+    position = 0
     for group in range(metadata.num_row_groups):
         end = position + metadata.row_group(group).num_rows
         if position < stop and end > start:
-            first = first if groups else position
-            groups.append(group)
+            yield group, position, end
         position = end
-    return groups, first
-
-
-def _slices(batches: Iterator[Any], skip: int, take: int) -> Iterator[pa.RecordBatch]:
-    """`take` rows after the first `skip` of a stream of batches; the rest is not decoded."""
-    for batch in batches:
-        if skip >= batch.num_rows:
-            skip -= batch.num_rows
-            continue
-        piece = batch.slice(skip, take)
-        skip, take = 0, take - piece.num_rows
-        yield piece
-        if take == 0:
-            return

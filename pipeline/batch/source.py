@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import groupby
 from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
@@ -149,21 +150,55 @@ def read_shard(
     return pa.concat_tables(tables, promote_options="default") if len(tables) > 1 else tables[0]
 
 
+def read_shards(shards: Sequence[Shard], storage_options: Mapping[str, Any] | None = None) -> Iterator[pa.Table]:
+    """The rows of several shards, a table each; see `read_shard`.
+
+    A Parquet file is opened once for all shards that follow each other in it, and no row of it is decoded twice.
+
+    Raises:
+        DatasetError: As `read_shard`.
+    """
+    for path, group in groupby(shards, key=_shared_file):
+        if path is None:
+            for shard in group:
+                yield read_shard(shard, storage_options=storage_options)
+        else:
+            yield from _read_parquet([shard.slices[0] for shard in group], storage_options)
+
+
+def _shared_file(shard: Shard) -> str | None:
+    """The file that a shard may share with its neighbours; None where each is read by itself."""
+    return shard.paths[0] if shard.format == "parquet" and len(shard.slices) == 1 else None
+
+
+def _read_parquet(items: Sequence[FileSlice], options: Mapping[str, Any] | None) -> Iterator[pa.Table]:
+    first = items[0]
+    with _opened(first.path, first.name, "parquet", options) as file:
+        _check_size(file, first)
+        tables = parquet_files.read_ranges(file, first.name, [(item.start, item.stop) for item in items], None)
+        for table in tables:
+            yield add_columns(table, first.partition, None)
+
+
 def _read_slice(
     item: FileSlice, found: Format, columns: Sequence[str] | None, options: Mapping[str, Any] | None
 ) -> pa.Table:
     with _opened(item.path, item.name, found, options) as file:
-        size = file.seek(0, io.SEEK_END)
-        if size != item.file_bytes:
-            raise DatasetError(
-                f"{item.name} has {size} bytes now, and had {item.file_bytes} when the job was planned",
-                hint="Do not change input files while a job runs; start the job again in another output folder.",
-            )
+        _check_size(file, item)
         text = _text_of(file, item.name, item.max_bytes)
         if found == "jsonl":
             return _read_lines(text, item)
         table = _READERS[found](text, item.name, item.start, item.stop, columns)
     return add_columns(table, item.partition, columns)
+
+
+def _check_size(file: BinaryIO, item: FileSlice) -> None:
+    size = file.seek(0, io.SEEK_END)
+    if size != item.file_bytes:
+        raise DatasetError(
+            f"{item.name} has {size} bytes now, and had {item.file_bytes} when the job was planned",
+            hint="Do not change input files while a job runs; start the job again in another output folder.",
+        )
 
 
 def _read_lines(file: BinaryIO, item: FileSlice) -> pa.Table:

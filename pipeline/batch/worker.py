@@ -20,6 +20,7 @@ from pipeline.batch.answering import (
     row_seed,
 )
 from pipeline.batch.commit import JobOutput
+from pipeline.batch.loads import LoadNotes
 from pipeline.batch.openai_answers import LineAnswers, OpenAIRules
 from pipeline.batch.parts import PartFormat
 from pipeline.batch.receipts import Receipt
@@ -75,15 +76,18 @@ class ShardWorker:
         self._trials = Trials(job.output.storage, is_noting=job.is_resumed or was_restarted())
         # Ray reports an actor that cannot be made without its reason; so this one is made, and its first shard says it.
         self._failure: ExpertError | None = None
+        notes = LoadNotes(job.output.storage, actor_name() if was_restarted() else None)
         try:
+            notes.begin()
             self._answering = _answering(job, job.load(job.engine))
+            notes.end()
         except ExpertError as error:
             self._failure = error
         else:
             Watchdog(self._answering.progress, job.progress_timeout, last_words=self._trials.explain)
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Answer the shards of a block; see `blocks.shard_blocks` for its form.
+        """Answer the shards of a block; see `blocks.run_blocks` for its form.
 
         Returns:
             A row a shard: `receipt` and `stats` (`ShardStats`), both JSON.
@@ -154,6 +158,11 @@ def was_restarted() -> bool:
         return False
     context = ray.get_runtime_context()
     return context.get_actor_id() is not None and bool(context.was_current_actor_reconstructed)
+
+
+def actor_name() -> str:
+    """What names this process's actor, also when it is started again; to be called in one."""
+    return str(ray.get_runtime_context().get_actor_id())
 
 
 def _answering(job: WorkerJob, loaded: LoadedEngine) -> Answering[Any]:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.batch.parquet_files import read_footer
+from pipeline.batch.parquet_files import read_footer, read_ranges, read_rows
 from pipeline.batch.rows import iter_rows
 from pipeline.batch.source import plan_shards, read_shard
 from pipeline.errors import DatasetError
@@ -170,3 +170,49 @@ def test_only_the_row_groups_that_overlap_are_read(tmp_path):
     assert read_shard(shards[0]).num_rows == read_shard(shards[1]).num_rows == 10
     with pytest.raises(DatasetError, match=r"x\.parquet cannot be read"):
         read_shard(shards[2])
+
+
+class CountedFile(io.BytesIO):
+    """Counts the bytes that are read."""
+
+    num_read = 0
+
+    def read(self, size=-1):
+        data = super().read(size)
+        self.num_read += len(data)
+        return data
+
+
+@pytest.mark.parametrize("group_rows", [3, 1000])
+@pytest.mark.parametrize("columns", [None, ["n"], []])
+def test_ranges_read_together_equal_ranges_read_one_by_one(group_rows, columns):
+    table = pa.table({"n": range(1000), "q": [str(n) * 10 for n in range(1000)]})
+    data = parquet_bytes_in_groups(table, group_rows)
+    chooser = random.Random(group_rows)
+    for _ in range(10):
+        cuts = sorted(chooser.sample(range(1001), 12))
+        ranges = list(zip(cuts[::2], cuts[1::2], strict=True))
+        found = list(read_ranges(io.BytesIO(data), "x", ranges, columns, batch_rows=7))
+        assert [item.num_rows for item in found] == [stop - start for start, stop in ranges]
+        for item, (start, stop) in zip(found, ranges, strict=True):
+            assert item.equals(read_rows(io.BytesIO(data), "x", start, stop, columns))
+            if columns != []:
+                assert item["n"].to_pylist() == list(range(start, stop))
+
+
+def test_a_large_row_group_is_decoded_once_for_all_its_shards():
+    table = pa.table({"q": [random.Random(n).randbytes(500) for n in range(4000)]})
+    data = parquet_bytes_in_groups(table, 4000)
+    ranges = [(start, start + 100) for start in range(0, 4000, 100)]
+    together, one_by_one = CountedFile(data), CountedFile(data)
+    assert len(list(read_ranges(together, "x", ranges, None))) == 40
+    for start, stop in ranges:
+        read_rows(one_by_one, "x", start, stop, None)
+    assert together.num_read < 1.5 * len(data)
+    assert one_by_one.num_read > 10 * len(data)
+
+
+def parquet_bytes_in_groups(table: pa.Table, rows: int) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink, row_group_size=rows, use_dictionary=False)
+    return sink.getvalue()

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.batch.answering import UNNAMED, Answering, EngineJob, JobExpert, LoadedEngine, Loader
-from pipeline.batch.blocks import shard_blocks
+from pipeline.batch.blocks import run_blocks
 from pipeline.batch.commit import JobOutput
 from pipeline.batch.config import ColumnsConfig, ResolvedColumns, resolve_columns
 from pipeline.batch.openai_answers import OpenAIRules
@@ -52,7 +52,7 @@ class Job:
 
     def blocks(self) -> list[pa.Table]:
         """Its shards, as Ray Data hands them to a worker."""
-        return [block for shard in self.plan.shards for block in shard_blocks(shard, {})]
+        return list(run_blocks(self.plan.shards, {}))
 
     def rows(self, shard: int) -> list[dict[str, Any]]:
         """The rows of a committed part."""
