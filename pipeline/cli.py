@@ -5,20 +5,17 @@ Exit codes: 0 when it worked, 1 when it did not, 2 when it was called wrongly, 1
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from pipeline.errors import ConfigError, ExpertError, InvalidRequestError
+from pipeline.cli_common import EXIT_FAILED, PackageArgument, StorageOption, errors_on_exit, storage_options
+from pipeline.cli_packages import add_package_commands
+from pipeline.errors import ConfigError
 
-EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 MOST_PINNED = 16  # so many experts `expert serve` loads at the start
 
 app = typer.Typer(
@@ -28,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+add_package_commands(app)
 
 
 class FileFormat(StrEnum):
@@ -46,7 +44,6 @@ class DemoTask(StrEnum):
     json = "json"
 
 
-PackageArgument = Annotated[str, typer.Argument(help="A .expert file, an unpacked directory, or a URL.")]
 BaseModelOption = Annotated[
     str | None, typer.Option(help="The base model's directory or Hugging Face id; by the manifest's name if not given.")
 ]
@@ -130,53 +127,6 @@ def generate(
         typer.echo(json.dumps(result.to_dict(), ensure_ascii=False, indent=2) if as_json else result.text)
 
 
-@app.command()
-def inspect(
-    package: PackageArgument,
-    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
-) -> None:
-    """Verify a package and show what is in it."""
-    with errors_on_exit():
-        from pipeline.package import open_package
-
-        card = package_card(open_package(package))
-        if as_json:
-            typer.echo(json.dumps(card, ensure_ascii=False, indent=2))
-            return
-        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-        table.add_column(no_wrap=True)
-        table.add_column(overflow="fold")
-        for name, value in card.items():
-            lines = value if isinstance(value, list) else [value]
-            table.add_row(f"[bold]{name}[/bold]", escape("\n".join(map(str, lines)) or "-"))
-        Console().print(table)
-
-
-def package_card(package: Any) -> dict[str, Any]:
-    """What `expert inspect` shows of a package, as plain values."""
-    manifest, adapter, decoding = package.manifest, package.adapter, package.manifest.decoding
-    targets = adapter.target_modules
-    return {
-        "package": package.label,
-        "description": manifest.description or "",
-        "license": manifest.license or "",
-        "digest": f"sha256:{package.digest}",
-        "base model": package.base.name,
-        "adapter": f"{adapter.kind}, rank {adapter.r}" if adapter.kind != "ia3" else "ia3",
-        "modules": targets if isinstance(targets, str) else ", ".join(sorted(targets or ())),
-        "size": f"{sum(record.size for record in package.files):,} bytes in {len(package.files)} files",
-        "tokenizer": "its own" if package.tokenizer_dir else "the base model's",
-        "grammar": "none" if package.grammar is None else f"{len(package.grammar.encode()):,} bytes of GBNF",
-        "decoding": ", ".join(
-            f"{name} {value}"
-            for name, value in decoding.model_dump().items()
-            if value not in (None, (), [], False) and name != "grammar_type"
-        ),
-        "capabilities": list(manifest.capabilities),
-        "warnings": list(package.warnings),
-    }
-
-
 @app.command("demo-data")
 def demo_data(
     path: Annotated[Path, typer.Argument(help="The file to write.")],
@@ -241,12 +191,6 @@ def serve_packages(
         run_service(ServeConfig.from_options(options), typer.echo, phases)
 
 
-StorageOption = Annotated[
-    list[str] | None,
-    typer.Option("--storage-option", metavar="KEY=VALUE", help="An option of the storage (fsspec); may be repeated."),
-]
-
-
 @app.command("status")
 def show_status(
     output: Annotated[str, typer.Argument(help="The folder or URL that a job writes to.")],
@@ -259,9 +203,9 @@ def show_status(
     """
     with errors_on_exit("interrupted"):
         from pipeline.batch.status import output_status
-        from pipeline.batch.storage import open_storage
+        from pipeline.storage import open_storage
 
-        status = output_status(open_storage(output, _options(storage_option)))
+        status = output_status(open_storage(output, storage_options(storage_option)))
         typer.echo(json.dumps(status.to_dict(), ensure_ascii=False, indent=2) if as_json else str(status))
 
 
@@ -276,28 +220,13 @@ def verify_output(
     Example: expert verify-output demo-output/answers-2000
     """
     with errors_on_exit("interrupted"):
-        from pipeline.batch.storage import open_storage
         from pipeline.batch.verify import verify
+        from pipeline.storage import open_storage
 
-        found = verify(open_storage(output, _options(storage_option)))
+        found = verify(open_storage(output, storage_options(storage_option)))
         typer.echo(json.dumps(found.to_dict(), ensure_ascii=False, indent=2) if as_json else str(found))
         if not found.ok:
             raise typer.Exit(EXIT_FAILED)
-
-
-def _options(given: list[str] | None) -> dict[str, Any]:
-    """Storage options as a config file would give them: `client_kwargs.endpoint_url=http://...` nests."""
-    options: dict[str, Any] = {}
-    for item in given or []:
-        name, separator, value = item.partition("=")
-        if not name or not separator:
-            raise ConfigError(f"--storage-option {item!r} is not KEY=VALUE", hint="Write for example anon=true.")
-        *folders, last = name.split(".")
-        place = options
-        for folder in folders:
-            place = place.setdefault(folder, {})
-        place[last] = {"true": True, "false": False}.get(value, value)
-    return options
 
 
 @app.command("eval")
@@ -351,23 +280,6 @@ def diff_outputs(
             print_diff(found, Console())
     if exit_code and found.same != found.rows:
         raise typer.Exit(EXIT_FAILED)
-
-
-@contextmanager
-def errors_on_exit(
-    interrupted: str = "interrupted; what is committed stays, and the same command continues",
-) -> Iterator[None]:
-    """Print an error of ours without a traceback, and end the process with an exit code."""
-    try:
-        yield
-    except ExpertError as error:
-        console = Console(stderr=True, soft_wrap=True)
-        console.print(f"[bold red]{type(error).__name__}:[/bold red] {escape(str(error))}", highlight=False)
-        usage = isinstance(error, ConfigError | InvalidRequestError)
-        raise typer.Exit(EXIT_USAGE if usage else EXIT_FAILED) from error
-    except KeyboardInterrupt as error:
-        typer.echo(interrupted, err=True)
-        raise typer.Exit(EXIT_INTERRUPTED) from error
 
 
 def _text_or_file(value: str | None) -> str | None:

@@ -8,6 +8,8 @@
     │   ├── ArchiveError                the archive is damaged or unsafe
     │   ├── ManifestError               manifest.json is not valid
     │   ├── IntegrityError              content differs from its checksum
+    │   ├── TrustError                  the signature is missing, wrong or not of someone trusted
+    │   ├── StoreError                  the store of packages cannot be read or written
     │   ├── AdapterError                the adapter's files or shapes are wrong
     │   ├── TokenizerError              the tokenizer or its chat template cannot be used
     │   └── BaseModelError              the base model is missing, or is another one
@@ -114,6 +116,18 @@ class IntegrityError(LoadError):
     """Content differs from its checksum."""
 
     code = "integrity_failed"
+
+
+class TrustError(LoadError):
+    """The package's signature is missing, wrong, or not of someone trusted; or the package is an old version."""
+
+    code = "not_trusted"
+
+
+class StoreError(LoadError):
+    """The store of packages, or the cache on this machine, cannot be read or written."""
+
+    code = "store_failed"
 
 
 class AdapterError(LoadError):

@@ -19,7 +19,7 @@ from pipeline.errors import (
     PromptTooLongError,
     TokenizerError,
 )
-from pipeline.package import ExpertPackage, open_package, resolve_base_model
+from pipeline.package import ExpertPackage, TrustPolicy, fitting_base_model, open_package
 
 if TYPE_CHECKING:
     from pipeline.engine.runtime import EngineName, LoadedExpert
@@ -111,11 +111,14 @@ class Expert:
         cache_dir: str | os.PathLike[str] | None = None,
         base_model: str | os.PathLike[str] | None = None,
         models: Mapping[str, str] | None = None,
+        trust: TrustPolicy = "any",
+        allow_rollback: bool = False,
     ) -> "Expert":
         """Open and verify a package and find its base model; the model itself is loaded when first needed.
 
         Args:
-            path: A `.expert` file, an unpacked directory, or any fsspec URL of a file (`s3://`, `gs://`, `https://`).
+            path: A `.expert` file, an unpacked directory, any fsspec URL of a file (`s3://`, `gs://`, `https://`), or
+                what `expert stage` printed.
             device: `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`, or None for the best there is.
             dtype: `"float32"`, `"bfloat16"`, `"float16"`, or None to choose by device and checkpoint.
             quantization: `"int8"` or `"int4"` for weights of 8 or 4 bits, or None; see `pipeline.engine.quantization`.
@@ -123,13 +126,16 @@ class Expert:
             cache_dir: Where packages are unpacked; `$EXPERT_CACHE_DIR` or `~/.cache/expert` if None.
             base_model: The base model's directory or Hugging Face id; found by the manifest's name if None.
             models: Base model names of manifests, and where each is found.
+            trust: `"any"`, `"signed"` or `"trusted"`: what is asked of the package's signature; see `open_package`.
+            allow_rollback: With `trust="trusted"`, take an older version than was opened before.
 
         Raises:
             LoadError: The package is missing, damaged or not valid, or its base model cannot be found.
         """
-        package = open_package(path, cache_dir=None if cache_dir is None else Path(cache_dir))
-        base_path = resolve_base_model(package.base, base_model=base_model, models=models, package=package.label)
-        return cls(package, base_path, device=device, dtype=dtype, quantization=quantization, engine=engine)
+        cache = None if cache_dir is None else Path(cache_dir)
+        package = open_package(path, cache_dir=cache, trust=trust, allow_rollback=allow_rollback)
+        base = fitting_base_model(package, base_model=base_model, models=models, cache_dir=cache)
+        return cls(package, base.path, device=device, dtype=dtype, quantization=quantization, engine=engine)
 
     def generate(
         self,

@@ -8,9 +8,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from pipeline import demo
-from pipeline.batch.local_storage import LocalStorage
 from pipeline.cli import app
 from pipeline.demo.questions import draw_questions
+from pipeline.storage.local import LocalStorage
 from tests.batch.outputs import make_output
 
 SQL = str(demo.package("sql"))

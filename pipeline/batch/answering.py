@@ -5,7 +5,6 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -15,7 +14,7 @@ from pipeline.batch.config import ResolvedColumns
 from pipeline.batch.rows import Row
 from pipeline.batch.shard_stats import ShardStats
 from pipeline.engine.types import Completion, Engine, Failure, Request
-from pipeline.package import open_planned
+from pipeline.package import local_base_model, open_planned
 
 if TYPE_CHECKING:
     from pipeline.engine.runtime import EngineName
@@ -50,14 +49,14 @@ class EngineJob:
 
     Args:
         experts: Over one base model; those with a name are held side by side.
-        base_path: The base model's directory.
+        base_place: The base model; see `local_base_model`.
         num_threads: Threads to compute with on a CPU; None for torch's own number.
         columns, prompt_template, seed: As the job's.
         cache_dir, device, dtype, quantization, engine, batch_size, max_batch_tokens, kv_cache_bytes: See `BatchConfig`.
     """
 
     experts: tuple[JobExpert, ...]
-    base_path: str
+    base_place: str
     columns: ResolvedColumns
     prompt_template: str | None = None
     seed: int = 0
@@ -119,13 +118,14 @@ def load_engine(job: EngineJob) -> LoadedEngine:
     from pipeline.engine.loader import useful_threads
     from pipeline.engine.runtime import load_expert, load_experts
 
+    base_path = local_base_model(job.base_place, job.cache_dir)
     if job.num_threads is not None:
-        torch.set_num_threads(useful_threads(Path(job.base_path), min(job.num_threads, os.cpu_count() or 1)))
+        torch.set_num_threads(useful_threads(base_path, min(job.num_threads, os.cpu_count() or 1)))
     packages = [_open(expert, job.cache_dir) for expert in job.experts]
     if [expert.name for expert in job.experts] == [None]:
         loaded = load_expert(
             packages[0],
-            Path(job.base_path),
+            base_path,
             device=job.device,
             dtype=job.dtype,
             quantization=job.quantization,
@@ -139,7 +139,7 @@ def load_engine(job: EngineJob) -> LoadedEngine:
     names = [engine_name(expert.name) for expert in job.experts]
     beside = load_experts(
         dict(zip(names, packages, strict=True)),
-        Path(job.base_path),
+        base_path,
         device=job.device,
         dtype=job.dtype,
         quantization=job.quantization,

@@ -12,8 +12,8 @@ from pipeline.batch.arrow_messages import BatchHeader, Block, message_start, rea
 from pipeline.batch.column_types import check_columns
 from pipeline.batch.compression import BOMB_BYTES, is_bomb
 from pipeline.batch.extension_types import defused, refuse_extensions
-from pipeline.batch.filesystems import first_line
 from pipeline.errors import DatasetError
+from pipeline.storage.filesystems import first_line
 
 _MAGIC = b"ARROW1"
 _SCHEMA_AT = 8  # behind the magic and its padding

@@ -17,7 +17,7 @@ from pipeline.batch.parts import PartFormat
 from pipeline.batch.result import read_part
 from pipeline.batch.shards import Shard
 from pipeline.batch.source import read_shard
-from pipeline.batch.storage import Storage
+from pipeline.storage import Storage
 
 BLOCK_SCHEMA = pa.schema([("shard", pa.string()), ("rows", pa.large_binary())])
 

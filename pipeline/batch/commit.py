@@ -51,8 +51,8 @@ from pipeline.batch.receipts import (
 )
 from pipeline.batch.retry import PLAN, read_plan
 from pipeline.batch.row_errors import row_errors, row_errors_bytes
-from pipeline.batch.storage import Storage
 from pipeline.errors import FingerprintError, OutputError
+from pipeline.storage import Storage
 
 _MAX_NAMED = 8
 _OURS = ("output_format", "output_prefix", "num_shards")

@@ -119,8 +119,16 @@ class BatchConfig(BaseModel):
         description="Path or URL of the expert package; beside `experts`, that of the rows that name none.",
         json_schema_extra={"expected": "a path or URL of a package"},
     )
+    trust: Literal["any", "signed", "trusted"] = Field(
+        "any",
+        description="What is asked of a package's signature: nothing, that it has one, or that you trust who signed.",
+    )
+    allow_rollback: bool = Field(
+        False, description="With trust: trusted, take an older version of a package than was opened before."
+    )
     base_model: PathText | None = Field(
-        None, description="Path or Hugging Face id of the base model; left out, the package's manifest names it."
+        None,
+        description="Path, staged URL or Hugging Face id of the base model; left out, the package's manifest names it.",
     )
     models: Annotated[dict[str, PathText], BeforeValidator(section)] = Field(
         default_factory=dict,

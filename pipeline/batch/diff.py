@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.batch.layout import JOB, MANIFEST
-from pipeline.batch.storage import Storage, open_storage
 from pipeline.errors import OutputError
+from pipeline.storage import Storage, open_storage
 
 MAX_SAMPLES = 10
 _ASKED = ("id", "prompt", "messages", "schema", "system", "dialect")

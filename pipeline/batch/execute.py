@@ -227,7 +227,7 @@ def _worker_job(job: PreparedJob, workers: Workers, *, is_resumed: bool, load: L
     return WorkerJob(
         engine=EngineJob(
             experts=job.experts,
-            base_path=str(job.base_path),
+            base_place=job.base_place,
             columns=job.columns,
             prompt_template=config.prompt_template,
             seed=config.seed,

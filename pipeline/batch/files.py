@@ -9,9 +9,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from pipeline.batch.compression import CODECS, split_codec
-from pipeline.batch.filesystems import full_path, is_local, open_filesystem, translated
 from pipeline.batch.shards import FORMATS, Format
 from pipeline.errors import ConfigError, DatasetError
+from pipeline.storage.filesystems import full_path, is_local, open_filesystem, translated
 
 Dataset = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 

@@ -26,8 +26,8 @@ from threading import Event, Thread
 from typing import Literal
 
 from pipeline.batch.layout import LEASE
-from pipeline.batch.storage import Storage
 from pipeline.errors import LeaseLostError, OutputError, OutputInUseError
+from pipeline.storage import Storage
 
 logger = logging.getLogger(__name__)
 

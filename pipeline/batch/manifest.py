@@ -22,8 +22,8 @@ from pipeline.batch.layout import (
 from pipeline.batch.openai_lines import write_views
 from pipeline.batch.receipts import Receipt, in_threads, json_bytes, totals_of
 from pipeline.batch.retry import PLAN, RetryPlan, read_plan, round_output
-from pipeline.batch.storage import Storage
 from pipeline.errors import OutputError
+from pipeline.storage import Storage
 
 if TYPE_CHECKING:
     from pipeline.batch.commit import JobOutput

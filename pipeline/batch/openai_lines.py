@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from pipeline.batch.filesystems import translated
 from pipeline.batch.rows import Row
 from pipeline.errors import InvalidRequestError, OutputError, UnknownRouteError
 from pipeline.openai_api.http_errors import HttpError
 from pipeline.openai_api.protocol import ROUTES, Kind
 from pipeline.openai_api.responses import ID_PREFIXES, json_bytes
+from pipeline.storage.filesystems import translated
 
 if TYPE_CHECKING:
     from pipeline.batch.receipts import Receipt
-    from pipeline.batch.storage import Storage
+    from pipeline.storage import Storage
 
 RESULTS, ERRORS = "results.jsonl", "errors.jsonl"
 ANSWERED = 200

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 from pipeline.batch.column_types import check_columns
 from pipeline.batch.compression import BOMB_BYTES, is_bomb
 from pipeline.batch.extension_types import defused, refuse_extensions
-from pipeline.batch.filesystems import first_line
 from pipeline.errors import DatasetError
+from pipeline.storage.filesystems import first_line
 
 _MAGIC = b"PAR1"
 _MAX_FOOTER_BYTES = 1 << 30

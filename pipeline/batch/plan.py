@@ -12,18 +12,18 @@ from pipeline.batch.answering import UNNAMED, JobExpert, engine_name
 from pipeline.batch.commit import JobOutput
 from pipeline.batch.config import BatchConfig, ResolvedColumns, resolve_columns
 from pipeline.batch.files import is_hidden
-from pipeline.batch.filesystems import protocol_of
 from pipeline.batch.layout import FINGERPRINT_METADATA
 from pipeline.batch.openai_answers import OpenAIRules
 from pipeline.batch.parts import PartFormat, plan_part_format
 from pipeline.batch.shards import ShardPlan
 from pipeline.batch.source import plan_shards
-from pipeline.batch.storage import open_storage
 from pipeline.batch.template import PromptTemplate
 from pipeline.engine.requests import GRAMMAR_KINDS, request_defaults
 from pipeline.engine.types import Grammar
 from pipeline.errors import BaseModelError, ConfigError, DatasetError
-from pipeline.package import ExpertPackage, model_digest, open_package, resolve_base_model
+from pipeline.package import ExpertPackage, check_together, fitting_base_model, model_digest, open_package
+from pipeline.storage import open_storage
+from pipeline.storage.filesystems import protocol_of
 from pipeline.version import __version__
 
 FINGERPRINT_VERSION = 3
@@ -44,10 +44,11 @@ class OpenExpert:
 
 @dataclass(frozen=True)
 class OpenExperts:
-    """The experts of a job, and the directory of the base model that they share."""
+    """The experts of a job, the directory of the base model that they share, and what workers find that by."""
 
     experts: tuple[OpenExpert, ...]
     base_path: Path
+    base_place: str
 
     @property
     def default(self) -> OpenExpert | None:
@@ -62,7 +63,7 @@ class PreparedJob:
     Args:
         config: What was asked for.
         experts: Who answers.
-        base_path: Their base model's directory.
+        base_place: Their base model: what `local_base_model` finds on any machine.
         plan: The shards.
         columns: Which column plays which role.
         part_format: How parts are written.
@@ -72,7 +73,7 @@ class PreparedJob:
 
     config: BatchConfig
     experts: tuple[JobExpert, ...]
-    base_path: Path
+    base_place: str
     plan: ShardPlan
     columns: ResolvedColumns
     part_format: PartFormat
@@ -114,7 +115,7 @@ def prepare(config: BatchConfig, opened: OpenExperts) -> PreparedJob:
         num_shards=len(plan.shards),
         prefix=config.output_prefix,
     )
-    return PreparedJob(config, experts, opened.base_path.resolve(), plan, columns, part_format, output, openai)
+    return PreparedJob(config, experts, opened.base_place, plan, columns, part_format, output, openai)
 
 
 def _table_format(config: BatchConfig, plan: ShardPlan, experts: Sequence[JobExpert], fingerprint: str) -> PartFormat:
@@ -162,7 +163,7 @@ def open_experts(config: BatchConfig) -> OpenExperts:
     """Open the packages, find the base model that they share, and check the sampling options.
 
     Raises:
-        ConfigError: The engine holds no experts side by side.
+        ConfigError: The engine holds no experts side by side, or the experts do not go together.
         LoadError: A package or its base model cannot be used, or the base models are several.
         InferenceError: A sampling option cannot be honoured.
     """
@@ -176,23 +177,22 @@ def open_experts(config: BatchConfig) -> OpenExperts:
     opened, bases = [], []
     for name, place in (given | config.experts).items():
         location = absolute(place)
-        package = open_package(location, cache_dir=cache_dir)
-        base = resolve_base_model(
-            package.base, base_model=config.base_model, models=config.models, package=package.label
-        )
+        package = open_package(location, cache_dir=cache_dir, trust=config.trust, allow_rollback=config.allow_rollback)
+        base = fitting_base_model(package, base_model=config.base_model, models=config.models, cache_dir=cache_dir)
         bases.append(base)
         _, grammar = request_defaults(package, sampling_options(config))
         opened.append(OpenExpert(name, location, package, grammar))
-    if len({base.resolve() for base in bases}) > 1:
+    if len({base.path.resolve() for base in bases}) > 1:
         raise BaseModelError(
             "the experts of the job are over several base models",
             details=[
-                f"{_named(expert)}: {expert.package.label} over {expert.package.base.name}, {base}"
+                f"{_named(expert)}: {expert.package.label} over {expert.package.base.name}, {base.place}"
                 for expert, base in zip(opened, bases, strict=True)
             ],
             hint="Run a job for each base model; experts are answered side by side over one.",
         )
-    return OpenExperts(tuple(opened), bases[0])
+    check_together([expert.package.manifest for expert in opened])
+    return OpenExperts(tuple(opened), bases[0].path, bases[0].place)
 
 
 def _named(expert: OpenExpert) -> str:

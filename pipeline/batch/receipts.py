@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
 from pipeline.batch.layout import PACKS, receipt_name
-from pipeline.batch.storage import Storage
 from pipeline.errors import OutputError
+from pipeline.storage import Storage
 
 PACK_RECEIPTS = 1000
 _NUM_THREADS = 16

@@ -12,8 +12,8 @@ from pipeline.batch.openai_lines import part_table
 from pipeline.batch.part_values import loose_value
 from pipeline.batch.parts import PartFormat
 from pipeline.batch.row_errors import RowError, row_errors
-from pipeline.batch.storage import Storage
 from pipeline.errors import OutputError
+from pipeline.storage import Storage
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 from pipeline.batch.layout import ERRORS, MANIFEST, PACKS, RETRY, SUCCESS, receipt_name, row_errors_name
 from pipeline.batch.receipts import Receipt, in_threads, json_bytes
-from pipeline.batch.storage import Storage
 from pipeline.errors import OutputError
+from pipeline.storage import Storage
 
 if TYPE_CHECKING:
     from pipeline.batch.commit import JobOutput

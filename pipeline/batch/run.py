@@ -23,8 +23,8 @@ from pipeline.batch.report import write_report
 from pipeline.batch.result import BatchResult
 from pipeline.batch.run_record import RunRecorder
 from pipeline.batch.staging import hugging_face_tables, is_hugging_face, stage_in_memory, stage_tables
-from pipeline.batch.storage import open_storage
 from pipeline.errors import FingerprintError
+from pipeline.storage import open_storage
 
 
 def run_batch(

@@ -19,9 +19,9 @@ from pipeline.batch.layout import RUNS
 from pipeline.batch.progress import Phases
 from pipeline.batch.receipts import Receipt
 from pipeline.batch.shard_stats import SAMPLES_PER_CODE, ErrorSample, ShardStats
-from pipeline.batch.storage import Storage
 from pipeline.batch.timeline import MAX_STEPS, Timeline
 from pipeline.errors import ExpertError, OutputError
+from pipeline.storage import Storage
 
 logger = logging.getLogger(__name__)
 

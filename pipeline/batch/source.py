@@ -15,10 +15,10 @@ from pipeline.batch import arrow_files, csv_files, jsonl_files, parquet_files
 from pipeline.batch.column_types import plain_schema, unified_schema
 from pipeline.batch.compression import MAX_DECOMPRESSED_BYTES, DecompressedFile, split_codec
 from pipeline.batch.files import TEXT_FORMATS, DataFile, Dataset, file_format, find_files
-from pipeline.batch.filesystems import open_filesystem, translated
 from pipeline.batch.partitions import Partition, add_columns, read_partitions
 from pipeline.batch.shards import FileSlice, Format, Shard, ShardPlan, plan_digest
 from pipeline.errors import ConfigError, DatasetError
+from pipeline.storage.filesystems import open_filesystem, translated
 
 DEFAULT_SHARD_ROWS = 256
 MAX_SLICES = 1_000_000

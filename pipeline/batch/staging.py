@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 from pipeline.batch.column_types import check_columns, plain_schema
 from pipeline.batch.json_rows import MAX_DEPTH, is_utf8
 from pipeline.batch.jsonl_files import MAX_LINE_BYTES, json_text
-from pipeline.batch.storage import Storage, open_storage
 from pipeline.errors import DatasetError
+from pipeline.storage import Storage, open_storage
 
 FILE_BYTES = 64 * 1024 * 1024
 _HINT = (

@@ -10,7 +10,7 @@ from pipeline.batch.layout import part_name, shard_of
 from pipeline.batch.lease import Clock, LeaseRecord, LeaseWatch, Sleep, top_lease
 from pipeline.batch.receipts import Receipt, in_threads, read_receipt, totals_of
 from pipeline.batch.retry import read_plan, round_output
-from pipeline.batch.storage import Storage
+from pipeline.storage import Storage
 
 LeaseState = Literal["alive", "stale", "none"]
 _BEATS_WAITED = 2.5

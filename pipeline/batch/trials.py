@@ -18,8 +18,8 @@ from threading import Lock
 from typing import NamedTuple
 
 from pipeline.batch.layout import ATTEMPTS
-from pipeline.batch.storage import Storage
 from pipeline.errors import OutputError, WorkerLostError
+from pipeline.storage import Storage
 
 ROW_KILLS_WORKER = "row_kills_worker"
 FOLDER = f"{ATTEMPTS}/shards"

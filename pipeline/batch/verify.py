@@ -32,8 +32,8 @@ from pipeline.batch.plan import digest_of
 from pipeline.batch.receipts import Receipt, in_threads, read_receipt, totals_of
 from pipeline.batch.retry import read_plan
 from pipeline.batch.row_errors import row_errors, row_errors_bytes
-from pipeline.batch.storage import Storage
 from pipeline.errors import OutputError
+from pipeline.storage import Storage
 
 _AT_ONCE = 256  # parts whose results are gathered together
 _MAX_SHOWN = 20

@@ -9,10 +9,11 @@ from hashlib import blake2b
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 
 from pipeline.errors import AdapterError
 from pipeline.package import ExpertPackage
+from pipeline.package.pickled_prompt import PICKLE_SUFFIXES, read_pickled_prompt
 
 
 class SoftPrompts:
@@ -71,29 +72,27 @@ def load_soft_prompts(package: ExpertPackage) -> dict[str, torch.Tensor]:
     """Read the soft prompts of a package, `[num_positions, hidden_size]` each, by name.
 
     Raises:
-        AdapterError: One is not a safetensors file with one tensor of as many positions as the manifest says. PyTorch
-            files are pickles; they are not opened.
+        AdapterError: One is not a file with one tensor of as many positions as the manifest says. PyTorch's files are
+            pickles: another process reads them, with bounds, and gives back the tensor alone.
     """
     return {
         prompt.name: _load(package, prompt.name, prompt.path, prompt.tokens) for prompt in package.manifest.soft_prompts
     }
 
 
-def _load(package: ExpertPackage, name: str, path: str, num_positions: int | None) -> torch.Tensor:
+def _load(package: ExpertPackage, name: str, path: str, num_positions: int) -> torch.Tensor:
     hint = 'Save the tensor with safetensors.torch.save_file({"prompt": tensor}, path) and pack the expert again.'
-    if not path.endswith(".safetensors"):
-        raise AdapterError(
-            f"soft prompt {name!r} of {package.label} is a PyTorch file, {path}: a pickle, which is not opened",
-            hint=hint,
-        )
     try:
+        if path.endswith(PICKLE_SUFFIXES):
+            data = read_pickled_prompt(package.root / path, num_positions, source=package.label)
+            return load(data)["prompt"]
         tensors = list(load_file(package.root / path).values())
     except (OSError, SafetensorError) as error:
         raise AdapterError(
             f"soft prompt {name!r} of {package.label} cannot be read", details=(str(error),), hint=hint
         ) from error
     shapes = [list(tensor.shape) for tensor in tensors]
-    if len(tensors) != 1 or tensors[0].ndim != 2 or num_positions not in (None, tensors[0].shape[0]):
+    if len(tensors) != 1 or tensors[0].ndim != 2 or num_positions != tensors[0].shape[0]:
         raise AdapterError(
             f"soft prompt {name!r} of {package.label} holds {shapes}, and the manifest says {num_positions} tokens",
             hint="It needs one tensor of shape [tokens, hidden_size].",

@@ -4,13 +4,16 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from pipeline.errors import BaseModelError
+from pipeline.errors import BaseModelError, LoadError
+from pipeline.package.cache import default_cache_dir
 from pipeline.package.integrity import file_sha256
 from pipeline.package.manifest import BaseModelSpec
+from pipeline.package.staged import localise, parse_reference
 
 MODELS_DIR_VARIABLE = "EXPERT_MODELS_DIR"
 TOKENIZER_FILES = (
@@ -28,14 +31,40 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]
 _QWEN = re.compile(r"Qwen[A-Za-z0-9._-]{0,91}")
 
 
+@dataclass(frozen=True)
+class FoundBaseModel:
+    """A base model on this machine, and what any machine finds it by.
+
+    Args:
+        path: Its directory here.
+        place: The URL of a staged one (`<store>/models/<digest>`), else the same directory.
+    """
+
+    path: Path
+    place: str
+
+
 def resolve_base_model(
     spec: BaseModelSpec,
     *,
     base_model: str | os.PathLike[str] | None = None,
     models: Mapping[str, str] | None = None,
     package: str = "",
+    cache_dir: Path | None = None,
 ) -> Path:
-    """The directory of an expert's base model.
+    """The directory of an expert's base model; as `find_base_model`, which says more."""
+    return find_base_model(spec, base_model=base_model, models=models, package=package, cache_dir=cache_dir).path
+
+
+def find_base_model(
+    spec: BaseModelSpec,
+    *,
+    base_model: str | os.PathLike[str] | None = None,
+    models: Mapping[str, str] | None = None,
+    package: str = "",
+    cache_dir: Path | None = None,
+) -> FoundBaseModel:
+    """Find an expert's base model.
 
     Tried in this order: `base_model`; `models`; `$EXPERT_MODELS_DIR/<last part of the name>`; a directory of exactly
     the manifest's name; the Hugging Face Hub. What a person names (`base_model`, `models`) is used or refused, never
@@ -43,9 +72,11 @@ def resolve_base_model(
 
     Args:
         spec: The base model as the manifest describes it.
-        base_model: A directory, or a Hugging Face id such as `Qwen/Qwen3-0.6B`.
+        base_model: A directory, what `expert stage --base-model` printed, or a Hugging Face id such as
+            `Qwen/Qwen3-0.6B`.
         models: The same, by the manifest's name of the base model or the last part of it.
         package: The package, as messages name it.
+        cache_dir: Where a staged one is copied to; `$EXPERT_CACHE_DIR` or `~/.cache/expert` when not given.
 
     Returns:
         A directory with `config.json` and `*.safetensors`. When the manifest gives a checksum, it has been compared.
@@ -55,9 +86,9 @@ def resolve_base_model(
     """
     tried: list[str] = []
     for origin, place, is_named in _candidates(spec, base_model, models or {}):
-        found = _try(origin, place, is_named, tried)
+        found = _try(origin, place, is_named, tried, cache_dir or default_cache_dir())
         if found is not None:
-            _check(spec, found, package)
+            _check(spec, found.path, package)
             return found
         if is_named:
             break
@@ -70,6 +101,22 @@ def resolve_base_model(
         f"{spec.short_name!r}.",
         details=tried,
     )
+
+
+def local_base_model(place: str, cache_dir: str | None = None) -> Path:
+    """The directory on this machine of what `find_base_model` found on another.
+
+    Args:
+        place: Its `place`.
+        cache_dir: Where a staged one is copied to, once.
+
+    Raises:
+        LoadError: It is staged, and cannot be brought here.
+    """
+    reference = parse_reference(place)
+    if reference is None:
+        return Path(place)
+    return localise(reference, default_cache_dir() if cache_dir is None else Path(cache_dir)).root
 
 
 def _candidates(
@@ -87,11 +134,18 @@ def _candidates(
     yield "the manifest's name", spec.name, False
 
 
-def _try(origin: str, place: str, is_named: bool, tried: list[str]) -> Path | None:
+def _try(origin: str, place: str, is_named: bool, tried: list[str], cache_dir: Path) -> FoundBaseModel | None:
+    reference = parse_reference(place) if is_named else None
+    if reference is not None and reference.kind == "models":
+        try:
+            return FoundBaseModel(localise(reference, cache_dir).root, reference.url)
+        except LoadError as problem:
+            tried.append(f"{origin} {place}: {problem.message}")
+            return None
     folder = Path(place).expanduser() if is_named else Path(place)
-    reason = _why_not(folder)
+    reason = why_no_model(folder)
     if reason is None:
-        return folder
+        return FoundBaseModel(folder, str(folder.resolve()))
     tried.append(f"{origin} {place}: {reason}")
     hub_id = _hub_id(place)
     if hub_id is None or folder.is_dir():
@@ -102,14 +156,20 @@ def _try(origin: str, place: str, is_named: bool, tried: list[str]) -> Path | No
         first = next(iter(str(problem).splitlines()), "")
         tried.append(f"{origin} Hugging Face {hub_id}: {type(problem).__name__}: {first}")
         return None
-    reason = _why_not(snapshot)
+    reason = why_no_model(snapshot)
     if reason is not None:
         tried.append(f"{origin} Hugging Face {hub_id}: {reason}")
         return None
-    return snapshot
+    return FoundBaseModel(snapshot, str(snapshot.resolve()))
 
 
-def _why_not(folder: Path) -> str | None:
+def model_files(folder: Path) -> list[Path]:
+    """What of a model's directory decides its answers: configurations, safetensors and tokenizer, by name."""
+    found = {path for pattern in _DOWNLOADED for path in folder.glob(pattern) if path.is_file()}
+    return sorted(found, key=lambda path: path.name)
+
+
+def why_no_model(folder: Path) -> str | None:
     """Why a directory is no model; None when it is one."""
     if not folder.is_dir():
         return "no such directory"

@@ -12,7 +12,7 @@ import fsspec
 from pipeline.errors import ArchiveError, LoadError, MissingDependencyError, PackageNotFoundError
 from pipeline.package.integrity import CHUNK_BYTES, MAX_SIDECAR_BYTES, SIDECAR_SUFFIX
 from pipeline.package.limits import ArchiveLimits
-from pipeline.package.store import scratch_directory
+from pipeline.package.locks import scratch_directory
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Set
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from pipeline.errors import LoadError
@@ -70,10 +70,21 @@ def _printable(value: str) -> str:
 
 Text = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_printable)]
 Strings = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(as_tuple)]
-Sha256 = Annotated[str | None, BeforeValidator(_checksum)]
-Size = Annotated[int | None, Field(ge=1), BeforeValidator(_zero_is_unknown)]
-PackagePath = Annotated[str, AfterValidator(_inside_package)]
-Positive = Annotated[int | float, BeforeValidator(_number)]
+Sha256 = Annotated[
+    str | None,
+    BeforeValidator(_checksum),
+    WithJsonSchema({"anyOf": [{"type": "string", "pattern": "^([0-9a-fA-F]{64})?$"}, {"type": "null"}]}),
+]
+Size = Annotated[
+    int | None,
+    Field(ge=1),
+    BeforeValidator(_zero_is_unknown),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, {"type": "null"}]}),
+]
+PackagePath = Annotated[
+    str, AfterValidator(_inside_package), WithJsonSchema({"type": "string", "pattern": r"^[^/\\].*$"})
+]
+Positive = Annotated[int | float, BeforeValidator(_number), WithJsonSchema({"type": "number", "exclusiveMinimum": 0})]
 Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
 
 

@@ -12,6 +12,8 @@ from pipeline.errors import ArchiveError, IntegrityError
 from pipeline.package.limits import ArchiveLimits
 from pipeline.package.paths import NameTable, safe_path
 
+INTEGRITY_NAME = "integrity.json"
+SIGNATURE_NAME = "signature.sig"
 SIDECAR_SUFFIX = ".sha256"
 MAX_SIDECAR_BYTES = 64 << 10
 CHUNK_BYTES = 1 << 20

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from pipeline.package.fields import (
@@ -19,6 +19,7 @@ from pipeline.package.fields import (
     Text,
     as_tuple,
 )
+from pipeline.package.version_ranges import parse_pattern
 
 MAX_STOP_SEQUENCES = 64
 _NAME = re.compile(r"expert-[a-z0-9-]+")
@@ -96,13 +97,26 @@ class Decoding(Part):
     validation: str | None = None
 
 
+def _pattern_text(value: str) -> str:
+    try:
+        parse_pattern(value)
+    except ValueError as problem:
+        raise PydanticCustomError("range", "{why}", {"why": str(problem)}) from problem
+    return value
+
+
+Patterns = Annotated[
+    tuple[Annotated[str, Field(max_length=200), AfterValidator(_pattern_text)], ...], BeforeValidator(_none_is_empty)
+]
+
+
 class Constraints(Part):
     """Which experts go together: patterns of the form `name@<range>`."""
 
     max_chain: Annotated[int | None, Field(ge=1)] = None
     load_order: Annotated[int | None, Field(ge=0)] = None
-    incompatible_with: Annotated[Strings, BeforeValidator(_none_is_empty)] = ()
-    requires: Annotated[Strings, BeforeValidator(_none_is_empty)] = ()
+    incompatible_with: Patterns = ()
+    requires: Patterns = ()
 
 
 class Routing(Part):
@@ -117,8 +131,18 @@ class Routing(Part):
 class ActedOn(Part):
     """The part of a manifest that is acted on, in the layout of schema 2.0."""
 
-    name: Annotated[str, Field(max_length=128), AfterValidator(_expert_name)]
-    version: Annotated[str, Field(max_length=64), AfterValidator(_semantic_version)]
+    name: Annotated[
+        str,
+        Field(max_length=128),
+        AfterValidator(_expert_name),
+        WithJsonSchema({"type": "string", "maxLength": 128, "pattern": f"^{_NAME.pattern}$"}),
+    ]
+    version: Annotated[
+        str,
+        Field(max_length=64),
+        AfterValidator(_semantic_version),
+        WithJsonSchema({"type": "string", "maxLength": 64, "pattern": f"^{_VERSION.pattern}$"}),
+    ]
     base_models: Annotated[tuple[BaseModelSpec, ...], BeforeValidator(as_tuple), Field(min_length=1)]
     soft_prompts: Annotated[tuple[SoftPrompt, ...], BeforeValidator(_none_is_empty)] = ()
     decoding: Decoding = Decoding()

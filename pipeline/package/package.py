@@ -1,31 +1,24 @@
-"""Open a `.expert` package: find it, check it, unpack it, and say what is in it."""
+"""An unpacked package, and what is in it."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.errors import (
-    ArchiveError,
-    BaseModelError,
-    GrammarError,
-    IntegrityError,
-    ManifestError,
-    PackageNotFoundError,
-)
+from pipeline.errors import BaseModelError, GrammarError, IntegrityError, ManifestError
 from pipeline.package.adapter import AdapterConfig, adapter_mismatches, locate_adapter, read_adapter_config
+from pipeline.package.adapter_weights import check_adapter_weights
 from pipeline.package.base_model import TOKENIZER_FILES
-from pipeline.package.download import downloaded, is_url, url_file_name
-from pipeline.package.integrity import FileRecord, check_sha256, content_digest, scan_directory
+from pipeline.package.cache import CacheEntry
+from pipeline.package.download import is_url, url_file_name
+from pipeline.package.integrity import FileRecord, check_sha256
 from pipeline.package.json_text import JsonPath
-from pipeline.package.limits import ArchiveLimits
 from pipeline.package.manifest import BaseModelSpec, Manifest
 from pipeline.package.manifest_reader import MANIFEST_NAME, MAX_MANIFEST_BYTES, ManifestFile, read_manifest
-from pipeline.package.store import CacheEntry, default_cache_dir, unpack_cached
+from pipeline.package.signatures import UNSIGNED, Signature, read_signature
+from pipeline.package.tokenizer import check_tokenizer_config
 from pipeline.package.weights import read_safetensors_header
 
 DEFAULT_GRAMMAR = "grammar.gbnf"
 MAX_GRAMMAR_BYTES = 4 << 20
-_DEFAULT_LIMITS = ArchiveLimits()
 
 
 @dataclass(frozen=True)
@@ -43,6 +36,7 @@ class ExpertPackage:
         grammar: The text of the grammar, or None.
         files: Every file, sorted by path.
         warnings: Where the package is odd, one sentence each.
+        signature: Who vouches for it.
     """
 
     root: Path
@@ -56,6 +50,7 @@ class ExpertPackage:
     grammar: str | None
     files: tuple[FileRecord, ...]
     warnings: tuple[str, ...]
+    signature: Signature = UNSIGNED
 
     @property
     def label(self) -> str:
@@ -75,7 +70,7 @@ class ExpertPackage:
         """
         for index, base in enumerate(self.manifest.base_models):
             if name in (base.name, base.short_name):
-                return _build(CacheEntry(self.root, self.files, self.digest), self.source, index)
+                return read_package(CacheEntry(self.root, self.files, self.digest), self.source, index)
         raise BaseModelError(
             f"{self.label} has no adapter for the base model {name!r}",
             hint="Use one of these names.",
@@ -83,74 +78,18 @@ class ExpertPackage:
         )
 
 
-def open_package(
-    path: str | os.PathLike[str],
-    *,
-    cache_dir: Path | None = None,
-    limits: ArchiveLimits = _DEFAULT_LIMITS,
-) -> ExpertPackage:
-    """Open a package, verify it, and unpack it into the cache when it is an archive.
+def read_package(entry: CacheEntry, source: str, base_index: int = 0) -> ExpertPackage:
+    """Check what is in an unpacked package, all but the values of its tensors.
 
     Args:
-        path: A `.expert` file (a gzip'd tar), an unpacked directory, or a URL of a `.expert` file that fsspec reads.
-            When `<path>.sha256` is beside a file, the file is checked against it.
-        cache_dir: Where archives are unpacked; `$EXPERT_CACHE_DIR` or `~/.cache/expert` when not given.
-        limits: What the package may hold.
+        entry: Its files.
+        source: What the caller named.
+        base_index: Which of its base models it is for.
 
     Raises:
-        LoadError: As `PackageNotFoundError`, `ArchiveError`, `ManifestError`, `IntegrityError` or `AdapterError`:
-            what is wrong with the package.
-        GrammarError: The package's grammar is no text.
+        LoadError: As for `open_package`.
+        GrammarError: Its grammar is no text.
     """
-    source = os.fspath(path)
-    cache = cache_dir or default_cache_dir()
-    if is_url(source):
-        with downloaded(source, cache, limits) as copy:
-            entry = unpack_cached(copy, cache, limits, source=url_file_name(source))
-        return _build(entry, source)
-    place = Path(source)
-    if place.is_dir():
-        root = place.resolve()
-        try:
-            files = scan_directory(root, limits)
-        except OSError as problem:
-            raise PackageNotFoundError(
-                f"{source} cannot be read: {problem.strerror}", hint="Check its permissions."
-            ) from problem
-        return _build(CacheEntry(root, files, content_digest(files)), source)
-    if place.is_file():
-        return _build(unpack_cached(place, cache, limits, source=place.name), source)
-    if place.exists():
-        raise ArchiveError(f"{source} is neither a file nor a directory", hint="Name a .expert file.")
-    raise PackageNotFoundError(f"nothing is at {source}", hint="Check the path of the .expert file.")
-
-
-def open_planned(
-    path: str | os.PathLike[str], sha256: str, *, planned: str, hint: str, cache_dir: str | None = None
-) -> ExpertPackage:
-    """Open a package in another process than the one that planned with it, and see that it is the same one.
-
-    Args:
-        path: As for `open_package`.
-        sha256: The digest of the package that was planned with.
-        planned: What was planned, for the message: `the job`.
-        hint: What to do when it is another package.
-        cache_dir: As for `open_package`.
-
-    Raises:
-        LoadError: It cannot be used; IntegrityError where it is another.
-    """
-    package = open_package(path, cache_dir=None if cache_dir is None else Path(cache_dir))
-    if package.digest != sha256:
-        raise IntegrityError(
-            f"{os.fspath(path)} is not the package {planned} was planned with",
-            details=(f"there {package.digest}, planned {sha256}",),
-            hint=hint,
-        )
-    return package
-
-
-def _build(entry: CacheEntry, source: str, base_index: int = 0) -> ExpertPackage:
     name = url_file_name(source) if is_url(source) else Path(source).name or source
     records = {record.path: record for record in entry.files}
     file = _manifest(entry, records, name)
@@ -172,9 +111,13 @@ def _build(entry: CacheEntry, source: str, base_index: int = 0) -> ExpertPackage
         what = f"{record.path} in {name}"
         check_sha256(what, expected=spec.sha256, actual=record.sha256, stated_by="the manifest")
     config, config_warnings = read_adapter_config(found.config.read_bytes(), source=name)
-    read_safetensors_header(found.weights, source=name)
+    tensors = read_safetensors_header(found.weights, source=name)
+    check_adapter_weights(tensors, config, source=f"{record.path} in {name}")
+    check_tokenizer_config(entry.root, records, source=name)
     _check_soft_prompts(file, records, name)
     grammar = _grammar(entry, file, records, name)
+    signature = read_signature(entry.root, entry.files, manifest, source=name)
+    warnings = (*manifest.warnings, *found.warnings, *config_warnings, *adapter_mismatches(spec, config))
     is_tokenizer = any(tokenizer in records for tokenizer in TOKENIZER_FILES[:2])
     return ExpertPackage(
         root=entry.root,
@@ -187,7 +130,8 @@ def _build(entry: CacheEntry, source: str, base_index: int = 0) -> ExpertPackage
         tokenizer_dir=entry.root if is_tokenizer else None,
         grammar=grammar,
         files=entry.files,
-        warnings=(*manifest.warnings, *found.warnings, *config_warnings, *adapter_mismatches(spec, config)),
+        warnings=(*warnings, *signature.warnings(f"{manifest.name}@{manifest.version}")),
+        signature=signature,
     )
 
 

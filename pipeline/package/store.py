@@ -1,202 +1,191 @@
-"""The cache of unpacked packages, addressed by the sha256 of the archive.
+"""Packages and base models on storage that every machine of a cluster reads, through fsspec.
 
-    <cache>/packages/<sha256 of the archive>/.index.json     every file with size and sha256
-    <cache>/packages/<sha256 of the archive>/files/...       the package
-
-An entry is made in a temporary directory beside the others and appears by one rename: it is whole, or not there.
+Each lies under its digest, is written once, and is whole or, to a reader, not there: a marker is written last, and a
+reader looks at nothing without it. So stagers may race, and die at any point: whoever comes next finishes the work.
 """
 
-import errno
-import hashlib
-import json
 import os
-import shutil
-import stat
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from io import BufferedReader
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import IntegrityError, LoadError, PackageNotFoundError
-from pipeline.package.archive import unpack
-from pipeline.package.integrity import FileRecord, check_sha256, content_digest, sidecar_sha256
-from pipeline.package.limits import ArchiveLimits
+from pipeline.errors import BaseModelError, IntegrityError, StoreError, TrustError
+from pipeline.package.base_model import model_files, why_no_model
+from pipeline.package.cache import FILES_NAME, Kind, default_cache_dir
+from pipeline.package.download import is_url
+from pipeline.package.integrity import FileRecord, content_digest, file_sha256
+from pipeline.package.locks import scratch_directory
+from pipeline.package.opening import open_package
+from pipeline.package.package import ExpertPackage
+from pipeline.package.signatures import TrustPolicy
+from pipeline.package.staged import MARKER, Marker, Reference, read_marker
+from pipeline.package.versions import newest
 
-INDEX_NAME = ".index.json"
-FILES_NAME = "files"
-_INDEX_FORMAT = 1
+if TYPE_CHECKING:
+    from pipeline.storage import Storage
+
+_VERSIONS = "versions"
+_ATTEMPTS = "_attempts"
 
 
 @dataclass(frozen=True)
-class CacheEntry:
-    """An unpacked package: where its files are, what they are, and the digest over them."""
-
-    root: Path
-    files: tuple[FileRecord, ...]
-    digest: str
-
-
-def default_cache_dir() -> Path:
-    """`$EXPERT_CACHE_DIR`, or `~/.cache/expert`."""
-    named = os.environ.get("EXPERT_CACHE_DIR")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "expert"
-
-
-def unpack_cached(archive: Path, cache_dir: Path, limits: ArchiveLimits, *, source: str) -> CacheEntry:
-    """The cache entry of an archive, made when it is not there yet.
-
-    Any number of processes may ask for the same archive at once: each gets a whole entry.
+class StagedPackage:
+    """A package, or a base model, in a store.
 
     Args:
-        archive: A local `.expert` file. When `<archive>.sha256` is beside it, it is checked first.
-        cache_dir: The root of the cache; created when missing.
-        limits: What the archive may hold.
-        source: The package, as messages name it.
+        url: What names it everywhere a package (or base model) is named.
+        digest: Of its files; the last part of the URL.
+        label: `name@version`; of a base model the name of its directory.
+        size: Bytes of all files.
+        is_new: Whether this call completed it; False when it was there.
+    """
+
+    url: str
+    digest: str
+    label: str
+    size: int
+    is_new: bool
+
+
+class PackageStore:
+    """Packages on shared storage.
+
+    Args:
+        url: A folder, as a path or a URL that fsspec knows: `s3://bucket/experts`. It need not exist.
+        storage_options: Passed to the file system, e.g. an endpoint.
 
     Raises:
-        ArchiveError: The archive is damaged or unsafe.
-        IntegrityError: It differs from the checksum beside it.
-        LoadError: The cache cannot be written.
-        PackageNotFoundError: The archive cannot be read.
+        StoreError: There is no such file system.
+        MissingDependencyError: The package of the file system is not installed.
+
+    Example:
+        >>> staged = PackageStore("/shared/experts").stage("expert-sql.expert")
+        >>> open_package(staged.url).label
+        'expert-sql@0.1.0'
     """
-    expected = sidecar_sha256(archive)
-    with _opened(archive) as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        if expected is not None:
-            check_sha256(source, expected=expected, actual=sha256, stated_by=f"{archive.name}.sha256")
-        final = cache_dir / "packages" / sha256
-        entry = read_entry(final)
-        if entry is not None:
-            return entry
-        try:
-            with scratch_directory(cache_dir / "packages") as scratch:
-                fresh = scratch / "entry"
-                (fresh / FILES_NAME).mkdir(parents=True)
-                unpacked = unpack(file, fresh / FILES_NAME, limits, source=source)
-                if unpacked.archive_sha256 != sha256:
-                    raise IntegrityError(f"{source} changed while it was read", hint="Load it again.")
-                _write_index(fresh, unpacked.files)
-                return _publish(fresh, final, scratch)
-        except OSError as problem:
-            raise _unwritable(cache_dir, problem) from problem
+
+    def __init__(self, url: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> None:
+        from pipeline.storage import open_storage  # it brings in pyarrow
+
+        place = os.fspath(url)
+        self.url = (place if is_url(place) else os.path.abspath(place)).rstrip("/")  # noqa: PTH100  # follows no links
+        self._options = storage_options
+        self._storage = open_storage(self.url, storage_options, error=StoreError, any_protocol=True)
+
+    def stage(
+        self,
+        package: str | os.PathLike[str] | ExpertPackage,
+        *,
+        cache_dir: Path | None = None,
+        trust: TrustPolicy = "any",
+        allow_rollback: bool = False,
+    ) -> StagedPackage:
+        """Put a package into the store, unless it is there.
+
+        Args:
+            package: What `open_package` takes, or what it returned.
+            cache_dir: As for `open_package`.
+            trust: As for `open_package`.
+            allow_rollback: With `trust="trusted"`, stage a version though a newer one of that name is staged.
+
+        Raises:
+            LoadError: The package cannot be used.
+            StoreError: The store cannot be written.
+            TrustError: It is not signed as `trust` asks, or is older than what is staged.
+        """
+        if not isinstance(package, ExpertPackage):
+            package = open_package(package, cache_dir=cache_dir, trust=trust, allow_rollback=allow_rollback)
+        name, version = package.manifest.name, package.manifest.version
+        if trust == "trusted" and not allow_rollback:
+            staged = newest(self.versions(name))
+            if staged is not None and newest([staged, version]) != version:
+                raise TrustError(
+                    f"{package.label} is older than {name}@{staged}, which is staged at {self.url}",
+                    hint="Stage the newer version, or ask for the older one: allow_rollback=True (--allow-rollback).",
+                )
+        staged_package = self._stage("packages", package.label, package.root, package.files, cache_dir)
+        self._storage.create(f"{_VERSIONS}/{name}/{version}/{package.digest}", b"")
+        self._storage.remove_tree(_ATTEMPTS)
+        return staged_package
+
+    def stage_base_model(self, folder: str | os.PathLike[str], *, cache_dir: Path | None = None) -> StagedPackage:
+        """Put a base model into the store, unless it is there: its configuration, safetensors and tokenizer.
+
+        Args:
+            folder: The model's directory.
+            cache_dir: Where scratch files go; as for `open_package`.
+
+        Raises:
+            BaseModelError: It is no directory of a model.
+            StoreError: The store cannot be written.
+        """
+        root = Path(folder).resolve()
+        reason = why_no_model(root)
+        if reason is not None:
+            raise BaseModelError(f"{folder} is no base model: {reason}", hint="Name the directory of a model.")
+        files = tuple(FileRecord(path.name, path.stat().st_size, file_sha256(path)) for path in model_files(root))
+        return self._stage("models", root.name, root, files, cache_dir)
+
+    def find(self, digest: str, kind: Kind = "packages") -> StagedPackage | None:
+        """What is staged under a digest; None where nothing whole is.
+
+        Raises:
+            StoreError: The store cannot be read.
+        """
+        marker = read_marker(self._folder(kind, digest), digest)
+        return None if marker is None else self._staged(kind, digest, marker, is_new=False)
+
+    def versions(self, name: str) -> tuple[str, ...]:
+        """The versions of an expert that were staged, in no order.
+
+        Raises:
+            StoreError: The store cannot be read.
+        """
+        found = self._storage.list(f"{_VERSIONS}/{name}")
+        return tuple({path.split("/")[2] for path in found if path.count("/") == 3})
+
+    def _folder(self, kind: Kind, digest: str) -> "Storage":
+        return self._storage.subfolder(f"{kind}/{digest}")
+
+    def _staged(self, kind: Kind, digest: str, marker: Marker, *, is_new: bool) -> StagedPackage:
+        size = sum(record.size for record in marker.files)
+        return StagedPackage(Reference(self.url, kind, digest).url, digest, marker.label, size, is_new)
+
+    def _stage(
+        self, kind: Kind, label: str, root: Path, files: tuple[FileRecord, ...], cache_dir: Path | None
+    ) -> StagedPackage:
+        digest = content_digest(files)
+        folder = self._folder(kind, digest)
+        marker = read_marker(folder, digest)
+        if marker is not None:
+            return self._staged(kind, digest, marker, is_new=False)
+        marker = Marker(label, tuple(sorted(files, key=lambda record: record.path)))
+        there = folder.list(FILES_NAME)
+        with scratch_directory((cache_dir or default_cache_dir()) / "staging") as scratch:
+            for record in marker.files:
+                _put(folder, record, root / record.path, scratch, is_there=f"{FILES_NAME}/{record.path}" in there)
+        is_new = folder.create(MARKER, marker.to_json())
+        if not is_new and read_marker(folder, digest) is None:  # cut short, where a file system creates no whole files
+            folder.replace(MARKER, marker.to_json())
+        folder.remove_tree(_ATTEMPTS)  # of stagers that died, on a disk; one that is alive begins its attempt again
+        return self._staged(kind, digest, marker, is_new=is_new)
 
 
-def read_entry(place: Path) -> CacheEntry | None:
-    """The entry at `place`, or None where there is none or where a file is missing, added or of another size."""
-    try:
-        index = json.loads((place / INDEX_NAME).read_bytes())
-        if index["format"] != _INDEX_FORMAT:
-            return None
-        files = tuple(FileRecord(**record) for record in index["files"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    root = place / FILES_NAME
-    if content_digest(files) != index.get("digest") or {file.path: file.size for file in files} != _sizes(root):
-        return None
-    return CacheEntry(root, files, index["digest"])
-
-
-@contextmanager
-def scratch_directory(parent: Path) -> Iterator[Path]:
-    """A fresh directory below `parent`, which is created when missing; removed at the end, whatever happens.
-
-    Raises:
-        LoadError: It cannot be made.
-    """
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".fresh-", dir=parent))
-    except OSError as problem:
-        raise _unwritable(parent, problem) from problem
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _unwritable(place: Path, problem: OSError) -> LoadError:
-    return LoadError(
-        f"the package cache cannot be written: {problem.strerror or problem}",
-        hint="Set EXPERT_CACHE_DIR to a directory with free space that you may write to.",
-        details=[str(place)],
-    )
-
-
-@contextmanager
-def _opened(archive: Path) -> Iterator[BufferedReader]:
-    try:
-        file = archive.open("rb")
-    except OSError as problem:
-        raise PackageNotFoundError(
-            f"{archive} cannot be read: {problem.strerror}", hint="Check the path and its permissions."
-        ) from problem
-    with file:
-        yield file
-
-
-def _sizes(root: Path) -> dict[str, int] | None:
-    """The size of every file below `root`; None where something else is there."""
-    sizes: dict[str, int] = {}
-    folders = [root]
-    while folders:
-        try:
-            entries = list(os.scandir(folders.pop()))
-        except OSError:
-            return None
-        for entry in entries:
-            status = entry.stat(follow_symlinks=False)
-            if stat.S_ISDIR(status.st_mode):
-                folders.append(Path(entry.path))
-            elif stat.S_ISREG(status.st_mode):
-                sizes[Path(entry.path).relative_to(root).as_posix()] = status.st_size
-            else:
-                return None
-    return sizes
-
-
-def _write_index(entry: Path, files: tuple[FileRecord, ...]) -> None:
-    index = {
-        "format": _INDEX_FORMAT,
-        "digest": content_digest(files),
-        "files": [asdict(record) for record in files],
-    }
-    with (entry / INDEX_NAME).open("x") as file:
-        json.dump(index, file)
-        file.flush()
-        os.fsync(file.fileno())
-    _sync_directory(entry)
-
-
-def _publish(fresh: Path, final: Path, scratch: Path) -> CacheEntry:
-    """Give a finished entry its place, or use the one that another process put there first."""
-    for _ in range(3):
-        try:
-            fresh.rename(final)
-        except OSError as problem:
-            if problem.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-            if (entry := read_entry(final)) is not None:
-                return entry
-            with suppress(FileNotFoundError):  # damaged: aside with it, unless another process was faster
-                final.rename(scratch / f"damaged-{os.urandom(4).hex()}")
-            continue
-        _sync_directory(final.parent)
-        break
-    entry = read_entry(final)
-    if entry is None:
-        raise LoadError(
-            "the package cache changes while it is read",
-            hint="Load again; let no other program write there.",
-            details=[str(final)],
+def _put(folder: "Storage", record: FileRecord, source: Path, scratch: Path, *, is_there: bool) -> None:
+    """Create one file of a package; what another stager left under its name is read back, and goes if it is wrong."""
+    if file_sha256(source) != record.sha256:
+        raise IntegrityError(
+            f"{source} has changed since it was verified",
+            hint="Let no other program write to the package cache (expert cache verify), and stage again.",
         )
-    return entry
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    name = f"{FILES_NAME}/{record.path}"
+    if not is_there and folder.create_from_file(name, str(source)):
+        return
+    copy = scratch / "copy"
+    same = folder.fetch(name, str(copy)) == record.sha256
+    copy.unlink()
+    if same:
+        return
+    folder.remove([name])
+    folder.create_from_file(name, str(source))

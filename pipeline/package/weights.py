@@ -20,6 +20,17 @@ _BITS = {
     "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
 
+_FINITE_CHUNK = 8 << 20
+# dtype -> the unsigned integer of its width, its bits without the sign, and the first pattern that is not finite
+_NOT_FINITE = {
+    "F64": ("<u8", 0x7FFF_FFFF_FFFF_FFFF, 0x7FF0_0000_0000_0000),
+    "F32": ("<u4", 0x7FFF_FFFF, 0x7F80_0000),
+    "F16": ("<u2", 0x7FFF, 0x7C00),
+    "BF16": ("<u2", 0x7FFF, 0x7F80),
+    "F8_E4M3": ("u1", 0x7F, 0x7F),
+    "F8_E5M2": ("u1", 0x7F, 0x7C),
+}
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -109,3 +120,35 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(word: str) -> NoReturn:
     raise ValueError(f"{word} is not a JSON number")
+
+
+def check_finite(path: Path, tensors: tuple[TensorInfo, ...], *, source: str) -> None:
+    """Read all values of a safetensors file.
+
+    Args:
+        path: The file.
+        tensors: What `read_safetensors_header` said of it.
+        source: The package, as messages name it.
+
+    Raises:
+        AdapterError: A tensor holds NaN or infinity.
+    """
+    import numpy as np
+
+    with path.open("rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        for tensor in tensors:
+            left = math.prod(tensor.shape) * _BITS[tensor.dtype] // 8
+            kind, mask, first = _NOT_FINITE.get(tensor.dtype, ("u1", 0, 1))
+            while left:
+                data = file.read(min(left, _FINITE_CHUNK))
+                if not data:
+                    raise AdapterError(f"{path.name} in {source} has become shorter", hint="Load it again.")
+                left -= len(data)
+                bits = np.frombuffer(data, kind)
+                if mask and int((bits & bits.dtype.type(mask)).max()) >= first:
+                    raise AdapterError(
+                        f"{path.name} in {source} holds numbers that are not finite",
+                        hint="Train or export the adapter again.",
+                        details=[f"{tensor.name}: NaN or infinity"],
+                    )

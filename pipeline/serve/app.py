@@ -11,7 +11,7 @@ from ray import serve
 
 from pipeline.engine.requests import request_defaults
 from pipeline.errors import ConfigError
-from pipeline.package import ExpertPackage, model_digest, open_package, resolve_base_model
+from pipeline.package import ExpertPackage, check_together, fitting_base_model, model_digest, open_package
 from pipeline.package.download import is_url
 from pipeline.serve.cards import model_card
 from pipeline.serve.config import AUTO, ServeConfig, check_exposure
@@ -102,16 +102,17 @@ def plan_service(config: ServeConfig) -> ServicePlan:
     """Open and verify the packages, find their base models, and share the experts out among them.
 
     Raises:
-        ConfigError: Two experts have one name.
+        ConfigError: Two experts have one name, or they do not go together.
         LoadError: A package or a base model cannot be used.
         InvalidRequestError: A manifest's defaults cannot be honoured.
     """
     cache_dir = None if config.cache_dir is None else Path(config.cache_dir)
     packages: dict[str, ExpertPackage] = {}
     bases: dict[Path, list[StagedExpert]] = defaultdict(list)
+    base_places: dict[Path, str] = {}
     for expert in config.experts:
         place = expert.package if is_url(expert.package) else os.path.abspath(expert.package)  # noqa: PTH100
-        package = open_package(place, cache_dir=cache_dir)
+        package = open_package(place, cache_dir=cache_dir, trust=config.trust, allow_rollback=config.allow_rollback)
         name = expert.name or package.manifest.name
         if name in packages or name == AUTO:
             raise ConfigError(
@@ -120,13 +121,13 @@ def plan_service(config: ServeConfig) -> ServicePlan:
                 hint="Give one of them another name: experts[].name.",
             )
         request_defaults(package, {})
-        base = resolve_base_model(
-            package.base, base_model=config.base_model, models=config.models, package=package.label
-        )
+        base = fitting_base_model(package, base_model=config.base_model, models=config.models, cache_dir=cache_dir)
         packages[name] = package
-        bases[base.resolve()].append(StagedExpert(name, place, package.digest, expert.pin))
+        base_places[base.path.resolve()] = base.place
+        bases[base.path.resolve()].append(StagedExpert(name, place, package.digest, expert.pin))
+    check_together([package.manifest for package in packages.values()])
     cards = tuple(model_card(name, package) for name, package in packages.items())
-    return ServicePlan(config, cards, tuple(_groups(config, merge_bases(bases))))
+    return ServicePlan(config, cards, tuple(_groups(config, merge_bases(bases), base_places)))
 
 
 def merge_bases(bases: Mapping[Path, list[StagedExpert]]) -> dict[Path, list[StagedExpert]]:
@@ -140,14 +141,16 @@ def merge_bases(bases: Mapping[Path, list[StagedExpert]]) -> dict[Path, list[Sta
     return merged
 
 
-def _groups(config: ServeConfig, bases: Mapping[Path, list[StagedExpert]]) -> list[ReplicaGroup]:
+def _groups(
+    config: ServeConfig, bases: Mapping[Path, list[StagedExpert]], base_places: Mapping[Path, str]
+) -> list[ReplicaGroup]:
     num_gpus = _num_gpus(config)
     num_cpus = 1.0 if config.replicas.num_cpus is None else config.replicas.num_cpus
     groups: list[ReplicaGroup] = []
     for path, experts in bases.items():
         job = ReplicaJob(
             experts=tuple(experts),
-            base_path=str(path),
+            base_place=base_places[path],
             cache_dir=config.cache_dir,
             device=config.device,
             dtype=config.dtype,
@@ -161,7 +164,7 @@ def _groups(config: ServeConfig, bases: Mapping[Path, list[StagedExpert]]) -> li
             max_prompt_tokens=config.limits.max_prompt_tokens,
         )
         taken = {group.name for group in groups}
-        name = f"ExpertReplica-{path.name}"
+        name = f"ExpertReplica-{Path(base_places[path]).name[:40]}"
         groups.append(ReplicaGroup(name if name not in taken else f"{name}-{len(groups)}", job, num_cpus, num_gpus))
     return groups
 

@@ -89,8 +89,15 @@ class ServeConfig(BaseModel):
         description="The experts; those over one base model are answered together in one batch.",
         json_schema_extra={"expected": "a non-empty list of experts, such as `- package: expert-sql.expert`"},
     )
+    trust: Literal["any", "signed", "trusted"] = Field(
+        "any",
+        description="What is asked of a package's signature: nothing, that it has one, or that you trust who signed.",
+    )
+    allow_rollback: bool = Field(
+        False, description="With trust: trusted, take an older version of a package than was opened before."
+    )
     base_model: PathText | None = Field(
-        None, description="Path or Hugging Face id of the base model; left out, the manifests name it."
+        None, description="Path, staged URL or Hugging Face id of the base model; left out, the manifests name it."
     )
     models: Annotated[dict[str, PathText], BeforeValidator(section)] = Field(
         default_factory=dict,

@@ -7,13 +7,12 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ray import serve
 
 from pipeline.errors import InferenceError
-from pipeline.package import ExpertPackage, open_planned
+from pipeline.package import ExpertPackage, local_base_model, open_planned
 from pipeline.serve.messages import Ask, Event
 from pipeline.serve.replica_metrics import ReplicaMetrics
 
@@ -51,7 +50,7 @@ class ReplicaJob:
 
     Args:
         experts: Over one base model.
-        base_path: Its directory.
+        base_place: That base model; see `local_base_model`.
         num_threads: Threads to compute with on a CPU; None for a share of the machine's cores.
         num_sharing: How many replicas may share them.
         max_resident: Experts on the device at once.
@@ -60,7 +59,7 @@ class ReplicaJob:
     """
 
     experts: tuple[StagedExpert, ...]
-    base_path: str
+    base_place: str
     cache_dir: str | None = None
     device: str | None = None
     dtype: str | None = None
@@ -160,15 +159,16 @@ class ExpertReplica:
         from pipeline.serve.local import LocalBackend
 
         started = self._note("imports", started)
+        base_path = local_base_model(job.base_place, job.cache_dir)
         num_cores = os.cpu_count() or 1
         # Ray tells the libraries to use the cores that an actor reserves, one unless told otherwise.
-        share = useful_threads(Path(job.base_path), max(1, num_cores // job.num_sharing))
+        share = useful_threads(base_path, max(1, num_cores // job.num_sharing))
         torch.set_num_threads(min(job.num_threads or share, num_cores))
         packages = {expert.name: open_staged(expert, job.cache_dir) for expert in job.experts}
         started = self._note("packages", started)
         experts = open_experts(
             packages,
-            Path(job.base_path),
+            base_path,
             max_resident=job.max_resident,
             device=job.device,
             dtype=job.dtype,

@@ -11,12 +11,12 @@ import pyarrow as pa
 
 from pipeline.batch.commit import JobOutput
 from pipeline.batch.layout import FINGERPRINT_METADATA
-from pipeline.batch.local_storage import LocalStorage
 from pipeline.batch.parts import AnsweredRow, PartFormat, PartKind, encode_part
 from pipeline.batch.plan import digest_of
 from pipeline.batch.rows import Row
-from pipeline.batch.storage import Storage
 from pipeline.engine.types import Completion, Failure
+from pipeline.storage import Storage
+from pipeline.storage.local import LocalStorage
 
 FINGERPRINT = {"expert_sha256": "ab", "seed": 0, "columns": {"prompt": "q", "id": "key"}}
 FAILED = Failure("prompt_too_long", "the prompt has 9 tokens")

@@ -10,12 +10,12 @@ import pytest
 
 from pipeline.batch.commit import JobOutput, refuse_foreign
 from pipeline.batch.layout import part_name, receipt_name, row_errors_name
-from pipeline.batch.local_storage import LocalStorage
 from pipeline.batch.parts import AnsweredRow, PartFormat, encode_part
 from pipeline.batch.receipts import Receipt
 from pipeline.batch.rows import Row
 from pipeline.engine.types import Completion, Failure
 from pipeline.errors import FingerprintError, OutputError
+from pipeline.storage.local import LocalStorage
 
 FINGERPRINT = {"expert_sha256": "ab", "seed": 0, "sampling": {"temperature": 0.0, "stop": ("x",)}}
 

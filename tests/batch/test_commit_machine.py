@@ -15,9 +15,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from pipeline.batch.commit import JobOutput
 from pipeline.batch.layout import part_name, receipt_name
-from pipeline.batch.local_storage import LocalStorage
-from pipeline.batch.storage import Storage
 from pipeline.errors import FingerprintError, OutputError
+from pipeline.storage import Storage
+from pipeline.storage.local import LocalStorage
 
 
 class CrashError(Exception):

@@ -63,6 +63,8 @@ def test_defaults() -> None:
     shown = {name: value for name, value in config.model_dump().items() if not isinstance(value, dict)}
     assert {name: value for name, value in shown.items() if value is not None} == {
         **REQUIRED,
+        "trust": "any",
+        "allow_rollback": False,
         "hive_partitions": True,
         "max_decompressed_bytes": 256 * 1024 * 1024,
         "openai_models": "named",

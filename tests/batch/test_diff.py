@@ -9,11 +9,11 @@ import pytest
 
 from pipeline.batch.commit import JobOutput
 from pipeline.batch.diff import diff_outputs
-from pipeline.batch.local_storage import LocalStorage
 from pipeline.batch.parts import AnsweredRow, PartFormat, PartKind, encode_part
 from pipeline.batch.rows import Row
 from pipeline.engine.types import Completion, Failure
 from pipeline.errors import OutputError
+from pipeline.storage.local import LocalStorage
 
 ASKED = pa.schema([("id", pa.int64()), ("q", pa.string())])
 

@@ -11,13 +11,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from pipeline.batch.commit import JobOutput
 from pipeline.batch.lease import Lease
-from pipeline.batch.local_storage import LocalStorage
 from pipeline.batch.parts import encode_part
 from pipeline.batch.receipts import Receipt, write_pack
 from pipeline.batch.retry import RetryPlan, open_round, put_in_place, read_plan, round_output
 from pipeline.batch.row_errors import mended_part, row_errors
 from pipeline.batch.verify import verify
 from pipeline.errors import LeaseLostError, OutputError
+from pipeline.storage.local import LocalStorage
 from tests.batch.outputs import FINGERPRINT, answered, form_of, memory_folder, part
 from tests.batch.test_commit_machine import CrashError, MortalStorage
 from tests.batch.test_lease import take

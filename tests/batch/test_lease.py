@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.batch.lease import LeaseRecord, acquire, hold, lease_name, process_start, top_lease
-from pipeline.batch.local_storage import LocalStorage
 from pipeline.errors import LeaseLostError, OutputError, OutputInUseError
+from pipeline.storage.local import LocalStorage
 
 ELSEWHERE = "another boot pid:[1]"
 
@@ -138,7 +138,7 @@ def test_the_time_to_live_is_the_owners_own(storage):
 CHILD = """
 import sys, time
 from pipeline.batch.lease import hold
-from pipeline.batch.local_storage import LocalStorage
+from pipeline.storage.local import LocalStorage
 with hold(LocalStorage(sys.argv[1], hard_links=sys.argv[2] == "True"), seconds=3600):
     print("held", flush=True)
     time.sleep(600)

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from pipeline.batch.commit import JobOutput, Receipt
 from pipeline.batch.diff import diff_outputs
-from pipeline.batch.local_storage import LocalStorage
 from pipeline.batch.openai_lines import (
     ERRORS,
     PART_SCHEMA,
@@ -32,6 +31,7 @@ from pipeline.batch.rows import Row
 from pipeline.batch.verify import verify
 from pipeline.errors import ExpertError, InvalidRequestError, OutputError, UnknownRouteError
 from pipeline.openai_api.http_errors import coded_error, http_error
+from pipeline.storage.local import LocalStorage
 
 BODY = {"model": "expert-sql", "messages": [{"role": "user", "content": "users?"}]}
 LINE = {"custom_id": "request-1", "method": "POST", "url": "/v1/chat/completions", "body": BODY}

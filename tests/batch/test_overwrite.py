@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.batch.local_storage import LocalStorage
 from pipeline.batch.overwrite import overwrite
 from pipeline.batch.verify import verify
 from pipeline.errors import FingerprintError, OutputError
+from pipeline.storage.local import LocalStorage
 from tests.batch.outputs import FINGERPRINT, contents, copy_of, make_output, part
 from tests.batch.test_commit_machine import CrashError, MortalStorage
 

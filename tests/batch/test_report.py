@@ -11,7 +11,6 @@ import pytest
 
 from pipeline.batch.commit import JobOutput
 from pipeline.batch.histogram import Histogram
-from pipeline.batch.local_storage import LocalStorage
 from pipeline.batch.progress import Phases
 from pipeline.batch.receipts import Receipt
 from pipeline.batch.report import REPORT_HTML, REPORT_JSON, JobReport, write_report
@@ -19,6 +18,7 @@ from pipeline.batch.report_page import brief, duration, price, render_page
 from pipeline.batch.report_page.charts import histogram_chart, nice, nice_top, throughput_chart
 from pipeline.batch.run_record import Outcome, RunRecord, RunRecorder
 from pipeline.batch.shard_stats import ErrorSample, ShardStats
+from pipeline.storage.local import LocalStorage
 
 HOSTILE = "</title></style><script>alert(1)</script><img src=x onerror=alert(2)> \" ' & {{ 7 * 7 }} ✓"
 VOID = {"meta", "link", "img", "br", "hr", "input"}

@@ -7,12 +7,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.batch.commit import JobOutput
-from pipeline.batch.local_storage import LocalStorage
 from pipeline.batch.parts import encode_part
 from pipeline.batch.retry import open_round, put_in_place, read_plan, round_output
 from pipeline.batch.row_errors import mended_part, row_errors
 from pipeline.batch.verify import verify
 from pipeline.errors import OutputError
+from pipeline.storage.local import LocalStorage
 from tests.batch.outputs import FINGERPRINT, answered, contents, copy_of, form_of, make_output, memory_folder, part
 from tests.batch.test_commit_machine import CrashError, MortalStorage
 

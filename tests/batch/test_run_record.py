@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from pipeline.batch.histogram import Histogram
-from pipeline.batch.local_storage import LocalStorage
 from pipeline.batch.progress import Phases
 from pipeline.batch.receipts import Receipt
 from pipeline.batch.run_record import MAX_CODES, RUNS, RunRecorder, read_records
 from pipeline.batch.shard_stats import SAMPLES_PER_CODE, ErrorSample, ShardStats
 from pipeline.errors import JobFailedError
+from pipeline.storage.local import LocalStorage
 
 
 class Clock:

@@ -9,11 +9,11 @@ import pytest
 from pipeline.batch import receipts
 from pipeline.batch.commit import JobOutput
 from pipeline.batch.lease import LeaseRecord, acquire, lease_name, top_lease
-from pipeline.batch.local_storage import LocalStorage
 from pipeline.batch.receipts import Packer
 from pipeline.batch.retry import open_round, round_output
 from pipeline.batch.status import LeaseStatus, output_status
 from pipeline.errors import OutputError
+from pipeline.storage.local import LocalStorage
 from tests.batch.outputs import FINGERPRINT, make_output, part
 from tests.batch.test_lease import FakeTime, move_elsewhere
 

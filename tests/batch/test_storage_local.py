@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from pipeline.batch.local_storage import LocalStorage
-from pipeline.batch.storage import open_storage
 from pipeline.errors import MissingDependencyError, OutputError
+from pipeline.storage import open_storage
+from pipeline.storage.local import LocalStorage
 
 
 @pytest.fixture(params=[True, False], ids=["links", "claims"])
@@ -70,7 +70,7 @@ def test_racing_threads_have_one_winner(storage):
 
 WRITER = """
 import sys
-from pipeline.batch.local_storage import LocalStorage
+from pipeline.storage.local import LocalStorage
 root, links, writer = sys.argv[1], sys.argv[2] == "True", int(sys.argv[3])
 storage = LocalStorage(root, hard_links=links)
 print("ready", flush=True)
@@ -105,7 +105,7 @@ def test_racing_processes_have_one_winner(storage):
 
 ENDLESS = """
 import itertools, sys
-from pipeline.batch.local_storage import LocalStorage
+from pipeline.storage.local import LocalStorage
 storage = LocalStorage(sys.argv[1], hard_links=sys.argv[2] == "True")
 print("ready", flush=True)
 for number in itertools.count():
@@ -154,7 +154,7 @@ def test_a_late_attempt_after_the_sweep_changes_nothing(storage):
 
 FULL = """
 import resource, sys
-from pipeline.batch.local_storage import LocalStorage
+from pipeline.storage.local import LocalStorage
 from pipeline.errors import OutputError
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 storage = LocalStorage(sys.argv[1], hard_links=sys.argv[2] == "True")

@@ -17,8 +17,8 @@ import pytest
 from pipeline.batch.commit import JobOutput
 from pipeline.batch.rows import iter_rows
 from pipeline.batch.source import plan_shards, read_shard
-from pipeline.batch.storage import open_storage
 from pipeline.errors import DatasetError, OutputError
+from pipeline.storage import open_storage
 
 
 class SmallS3(BaseHTTPRequestHandler):

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.batch.local_storage import LocalStorage
 from pipeline.batch.trials import MAX_DEATHS, History, Range, Trials, plan_trials
 from pipeline.errors import OutputError, WorkerLostError
+from pipeline.storage.local import LocalStorage
 
 
 @dataclass

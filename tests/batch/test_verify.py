@@ -7,10 +7,10 @@ import pytest
 
 from pipeline.batch.commit import JobOutput
 from pipeline.batch.layout import row_errors_name
-from pipeline.batch.local_storage import LocalStorage
 from pipeline.batch.row_errors import RowError
 from pipeline.batch.verify import verify
 from pipeline.errors import OutputError
+from pipeline.storage.local import LocalStorage
 from tests.batch.outputs import FINGERPRINT, make_output, part
 
 

@@ -16,7 +16,6 @@ from pipeline.batch.answering import UNNAMED, Answering, EngineJob, JobExpert, L
 from pipeline.batch.blocks import shard_blocks
 from pipeline.batch.commit import JobOutput
 from pipeline.batch.config import ColumnsConfig, ResolvedColumns, resolve_columns
-from pipeline.batch.local_storage import LocalStorage
 from pipeline.batch.openai_answers import OpenAIRules
 from pipeline.batch.parts import PartFormat, plan_part_format
 from pipeline.batch.receipts import Receipt
@@ -25,6 +24,7 @@ from pipeline.batch.rows import Row
 from pipeline.batch.shards import ShardPlan
 from pipeline.batch.source import plan_shards
 from pipeline.batch.worker import ShardWorker, WorkerJob
+from pipeline.storage.local import LocalStorage
 from tests.batch.scripted import (
     HANG,
     KILL,

@@ -11,12 +11,12 @@ import pytest
 from pipeline import BatchResult, run_batch
 from pipeline.batch.config import BatchConfig
 from pipeline.batch.lease import hold
-from pipeline.batch.local_storage import LocalStorage
 from pipeline.batch.parts import PartFormat, write_parquet
 from pipeline.batch.plan import open_experts, prepare
 from pipeline.batch.row_errors import mended_part
 from pipeline.demo.questions import write_questions
 from pipeline.errors import FingerprintError, OutputInUseError
+from pipeline.storage.local import LocalStorage
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

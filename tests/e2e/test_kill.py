@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from pipeline import demo
-from pipeline.batch.local_storage import LocalStorage
 from pipeline.batch.status import output_status
 from pipeline.batch.verify import verify
+from pipeline.storage.local import LocalStorage
 from tests.e2e.processes import BIN, descendants, run, running, wait_until
 
 

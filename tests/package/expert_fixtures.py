@@ -72,17 +72,25 @@ def manifest(**changes: Any) -> dict[str, Any]:
     return {name: value for name, value in (fields | changes).items() if value is not ...}
 
 
-def weights(seed: int = 0) -> bytes:
-    """A tiny adapter as safetensors."""
+PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def tensors(seed: int = 0) -> dict[str, Any]:
+    """The tensors of a tiny DoRA adapter."""
     draw = np.random.default_rng(seed)
-    prefix = "base_model.model.model.layers.0.self_attn.q_proj"
-    return save(
-        {
-            f"{prefix}.lora_A.weight": draw.normal(size=(4, 8)).astype(np.float32),
-            f"{prefix}.lora_B.weight": draw.normal(size=(8, 4)).astype(np.float32),
-            f"{prefix}.lora_magnitude_vector.weight": np.ones(8, np.float32),
-        }
-    )
+    return {
+        f"{PREFIX}.lora_A.weight": draw.normal(size=(4, 8)).astype(np.float32),
+        f"{PREFIX}.lora_B.weight": draw.normal(size=(8, 4)).astype(np.float32),
+        f"{PREFIX}.lora_magnitude_vector.weight": np.ones(8, np.float32),
+    }
+
+
+def weights(seed: int = 0, *, dora: bool = True, **changes: Any) -> bytes:
+    """A tiny adapter as safetensors; keywords replace, add or drop (None) the tensors of one module's parts."""
+    found = tensors(seed) | {f"{PREFIX}.{name}.weight": value for name, value in changes.items()}
+    if not dora:
+        del found[f"{PREFIX}.lora_magnitude_vector.weight"]
+    return bytes(save({name: value for name, value in found.items() if value is not None}))
 
 
 def expert_files(**changes: bytes | None) -> dict[str, bytes]:

@@ -29,6 +29,9 @@ def read(**changes: Any) -> tuple[AdapterConfig, tuple[str, ...]]:
     return read_adapter_config(json.dumps(ADAPTER_CONFIG | changes).encode(), source="x.expert")
 
 
+UNSIGNED = "expert-test@0.1.0 is not signed"
+
+
 def adapter_manifest(**adapter: Any) -> bytes:
     return json.dumps(manifest(base_models=[{"name": "Tiny", "adapters": [{"type": "dora"} | adapter]}])).encode()
 
@@ -184,12 +187,12 @@ def test_the_path_of_the_manifest_is_honoured(path: str, expert_dir: Callable[..
         manifest__json=adapter_manifest(path=path),
         **{
             "weights/tiny/adapter_model.safetensors": weights(seed=1),
-            "weights/tiny/adapter_config.json": json.dumps(ADAPTER_CONFIG | {"r": 6}).encode(),
+            "weights/tiny/adapter_config.json": json.dumps(ADAPTER_CONFIG | {"lora_alpha": 6}).encode(),
         },
     )
     package = open_package(root)
     assert package.adapter_weights == root / "weights/tiny/adapter_model.safetensors"
-    assert package.adapter.r == 6
+    assert package.adapter.lora_alpha == 6
 
 
 def test_a_config_at_the_root_serves_weights_in_a_directory(expert_dir: Callable[..., Path]) -> None:
@@ -227,7 +230,7 @@ def test_size_and_checksum_of_the_manifest_are_compared(expert_dir: Callable[...
     import hashlib
 
     good = {"sha256": hashlib.sha256(weights()).hexdigest().upper(), "size_bytes": len(weights())}
-    assert open_package(expert_dir(manifest__json=adapter_manifest(**good))).warnings == ()
+    assert open_package(expert_dir(manifest__json=adapter_manifest(**good))).warnings == (UNSIGNED,)
 
 
 def test_a_manifest_that_describes_another_adapter_is_a_warning(expert_dir: Callable[..., Path]) -> None:
@@ -236,4 +239,5 @@ def test_a_manifest_that_describes_another_adapter_is_a_warning(expert_dir: Call
         "adapters.type",
         "adapters.r",
         "adapters.alpha",
+        UNSIGNED,
     ]

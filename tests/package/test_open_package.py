@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from pipeline.errors import (
     ArchiveError,
@@ -43,7 +45,7 @@ def test_what_a_package_says(expert_file: Path, cache: Path) -> None:
     assert package.tokenizer_dir == package.root
     assert package.grammar == 'root ::= "a"\n'
     assert [record.path for record in package.files] == sorted(expert_files())
-    assert package.warnings == ()
+    assert package.warnings == ("expert-test@0.1.0 is not signed",)
     assert pickle.loads(pickle.dumps(package)) == package  # noqa: S301  # our own object: Ray sends it to workers
 
 
@@ -83,11 +85,13 @@ def test_no_grammar(expert_dir: Callable[..., Path]) -> None:
 
 
 def test_a_soft_prompt_that_is_not_there_is_an_error(expert_dir: Callable[..., Path]) -> None:
-    prompt = {"name": "style", "path": "soft_prompts/style.bin", "tokens": 4}
+    prompt = {"name": "style", "path": "soft_prompts/style.safetensors", "tokens": 4}
     named = json.dumps(manifest(soft_prompts=[prompt])).encode()
-    with pytest.raises(ManifestError, match=r"'soft_prompts/style\.bin' is not in the package"):
+    with pytest.raises(ManifestError, match=r"'soft_prompts/style\.safetensors' is not in the package"):
         open_package(expert_dir(manifest__json=named))
-    package = open_package(expert_dir(manifest__json=named, **{"soft_prompts/style.bin": b"x"}))
+    package = open_package(
+        expert_dir(manifest__json=named, **{"soft_prompts/style.safetensors": save({"prompt": np.zeros((4, 8), "f4")})})
+    )
     assert package.manifest.soft_prompts[0].tokens == 4
 
 
@@ -101,14 +105,14 @@ def test_another_base_of_the_same_package(expert_dir: Callable[..., Path], cache
     files = expert_files(manifest__json=json.dumps(manifest(base_models=bases)).encode()) | {
         "tiny/adapter_model.safetensors": weights(1),
         "other/adapter_model.safetensors": weights(2),
-        "third/adapter_model.safetensors": weights(3),
+        "third/adapter_model.safetensors": weights(3, dora=False),
         "third/adapter_config.json": plain,
     }
     package = open_package(write_archive(tmp_path / "x.expert", files), cache_dir=cache)
     assert package.adapter_weights.read_bytes() == weights(1)
     third = package.for_base("Third")
     assert (third.base.name, third.adapter.kind, third.digest) == ("Third", "lora", package.digest)
-    assert third.adapter_weights.read_bytes() == weights(3)
+    assert third.adapter_weights.read_bytes() == weights(3, dora=False)
     assert third.for_base("Tiny") == package.for_base("F:/models/Tiny") == package
     with pytest.raises(IntegrityError):
         package.for_base("Other")

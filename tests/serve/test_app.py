@@ -21,7 +21,7 @@ def test_experts_over_one_base_share_their_replicas() -> None:
     plan = plan_service(config(*map(demo.package, demo.TASKS), base_model=demo.BASE_MODEL, kv_cache_bytes=1 << 20))
     (group,) = plan.groups
     assert [expert.name for expert in group.job.experts] == ["expert-sql", "expert-cypher", "expert-json"]
-    assert group.job.base_path == str(demo.BASE_MODEL.resolve())
+    assert group.job.base_place == str(demo.BASE_MODEL.resolve())
     assert group.job.kv_cache_bytes == 1 << 20
     cards = {card.name: card for card in plan.cards}
     assert cards["expert-sql"].dialects == ("postgres",)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from pipeline.package.store import default_cache_dir
+from pipeline.package.cache import default_cache_dir
 
 SOURCES = ("cpu.c", "linear.h", "products.h", "vectors.h")
 FLAGS = (

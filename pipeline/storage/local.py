@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from pipeline.errors import OutputError
+from pipeline.errors import ExpertError, OutputError
+from pipeline.storage.copying import copy_hashed
 
 ATTEMPTS = "_attempts"
 _CLAIMS = f"{ATTEMPTS}/claims"
@@ -37,11 +38,13 @@ class LocalStorage:
         root: The folder, as an absolute path; made when needed.
         hard_links: False to use claims from the start.
         claim_seconds: How long to wait for a claim's owner to finish.
+        error: What is raised instead of OutputError.
     """
 
     root: str
     hard_links: bool = True
     claim_seconds: float = 10.0
+    error: type[ExpertError] = OutputError
 
     def create(self, name: str, data: bytes) -> bool:
         """Create a file with all its content, unless there is one of that name; see `Storage.create`."""
@@ -93,7 +96,7 @@ class LocalStorage:
                         return False
                 finally:
                     attempt.unlink(missing_ok=True)
-        raise OutputError(
+        raise self.error(
             f"{self.url(name)} cannot be written: its attempts disappear",
             hint=f"See who empties {self.url(ATTEMPTS)}, and run the same command again.",
         )
@@ -102,6 +105,11 @@ class LocalStorage:
         """The content of a file; see `Storage.read`."""
         with self._translated(name, "read"):
             return self._path(name).read_bytes()
+
+    def fetch(self, name: str, path: str) -> str:
+        """Copy a file to a new local one; see `Storage.fetch`."""
+        with self._translated(name, "copied"), self._path(name).open("rb") as source:
+            return copy_hashed(source, path)
 
     def exists(self, name: str) -> bool:
         """Whether there is a file of that name."""
@@ -182,7 +190,7 @@ class LocalStorage:
         deadline = time.monotonic() + self.claim_seconds
         while not final.exists():
             if time.monotonic() > deadline:
-                raise OutputError(
+                raise self.error(
                     f"{name} is claimed by an attempt that did not finish",
                     details=[f"claim  {claim}"],
                     hint="When no job is writing to this folder, delete the claim and run the same command again.",
@@ -198,7 +206,7 @@ class LocalStorage:
             if error.errno in _NO_SPACE:
                 hint = "Free some space or raise the quota, and run the same command again."
             reason = error.strerror or str(error)
-            raise OutputError(f"{self.url(name)} cannot be {what}: {reason}", hint=hint) from error
+            raise self.error(f"{self.url(name)} cannot be {what}: {reason}", hint=hint) from error
 
 
 def _write(attempt: Path, write: Callable[[BinaryIO], object]) -> None:

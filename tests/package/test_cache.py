@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.errors import LoadError
 from pipeline.package import open_package
-from pipeline.package.store import INDEX_NAME, default_cache_dir
+from pipeline.package.cache import INDEX_NAME, default_cache_dir
 
 
 def entries(cache: Path) -> list[Path]:
@@ -22,9 +22,9 @@ def entries(cache: Path) -> list[Path]:
 def test_an_entry_is_made_once_and_used_again(expert_file: Path, cache: Path) -> None:
     first = open_package(expert_file, cache_dir=cache)
     (entry,) = entries(cache)
-    made = (entry / INDEX_NAME).stat().st_mtime_ns
+    made = (entry / INDEX_NAME).stat().st_ino
     assert open_package(expert_file, cache_dir=cache) == first
-    assert (entry / INDEX_NAME).stat().st_mtime_ns == made
+    assert (entry / INDEX_NAME).stat().st_ino == made
     assert first.root == entry / "files"
 
 

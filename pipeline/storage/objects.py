@@ -6,8 +6,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.batch.filesystems import translated
-from pipeline.errors import OutputError
+from pipeline.errors import ExpertError, OutputError
+from pipeline.storage.copying import copy_hashed
+from pipeline.storage.filesystems import translated
 
 PROTOCOLS = ("s3", "s3a", "gs", "gcs")
 _RETRY_SECONDS = (0.2, 1.0, 3.0)
@@ -23,10 +24,12 @@ class ObjectStorage:
     Args:
         filesystem: Its fsspec file system, without a cache of listings.
         root: The folder, as the file system writes it: bucket and prefix.
+        error: What is raised instead of OutputError.
     """
 
     filesystem: Any
     root: str
+    error: type[ExpertError] = OutputError
 
     def create(self, name: str, data: bytes) -> bool:
         """Create an object with all its content, unless there is one of that name; see `Storage.create`.
@@ -68,6 +71,11 @@ class ObjectStorage:
         """The content of an object; see `Storage.read`."""
         with self._translated(name, "read"):
             return bytes(self.filesystem.cat_file(self._path(name)))
+
+    def fetch(self, name: str, path: str) -> str:
+        """Copy an object to a new local file; see `Storage.fetch`."""
+        with self._translated(name, "copied"), self.filesystem.open(self._path(name), "rb") as source:
+            return copy_hashed(source, path)
 
     def exists(self, name: str) -> bool:
         """Whether there is an object of that name."""
@@ -120,5 +128,5 @@ class ObjectStorage:
     @contextmanager
     def _translated(self, name: str, what: str) -> Iterator[None]:
         hint = "Check that the bucket exists, and that the credentials may write, read and list there."
-        with translated(f"{self.url(name)} cannot be {what}", OutputError, hint=hint):
+        with translated(f"{self.url(name)} cannot be {what}", self.error, hint=hint):
             yield

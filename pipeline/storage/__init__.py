@@ -1,13 +1,13 @@
-"""Files that are created once and whole: the only way anything reaches an output folder."""
+"""Files that are created once and whole: the only way anything reaches an output folder or a store of packages."""
 
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from pipeline.batch.filesystems import open_filesystem, protocol_of
-from pipeline.batch.local_storage import LocalStorage
-from pipeline.batch.object_storage import PROTOCOLS, ObjectStorage
-from pipeline.errors import OutputError
+from pipeline.errors import ExpertError, OutputError
+from pipeline.storage.filesystems import open_filesystem, protocol_of
+from pipeline.storage.local import LocalStorage
+from pipeline.storage.objects import PROTOCOLS, ObjectStorage
 
 
 class Storage(Protocol):
@@ -54,6 +54,21 @@ class Storage(Protocol):
         """
         ...
 
+    def fetch(self, name: str, path: str) -> str:
+        """Copy a file to a new local one, which need not fit into memory.
+
+        Args:
+            name: The file to copy.
+            path: The local file; there must be none yet. After an error it is gone.
+
+        Returns:
+            The SHA-256 of what was copied.
+
+        Raises:
+            OutputError: There is none, or it cannot be read, or the copy cannot be written.
+        """
+        ...
+
     def exists(self, name: str) -> bool:
         """Whether there is a file of that name."""
         ...
@@ -79,28 +94,39 @@ class Storage(Protocol):
         ...
 
 
-def open_storage(url: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> Storage:
+def open_storage(
+    url: str | os.PathLike[str],
+    storage_options: Mapping[str, Any] | None = None,
+    *,
+    error: type[ExpertError] = OutputError,
+    any_protocol: bool = False,
+) -> Storage:
     """The storage of a folder, which need not exist yet.
 
     Args:
         url: A local path, or an `s3://`, `s3a://`, `gs://` or `gcs://` URL.
         storage_options: Passed to the file system, e.g. an endpoint.
+        error: What the storage raises instead of OutputError.
+        any_protocol: Take any other file system of fsspec that can create a file in mode `xb` as well. What a dying
+            writer leaves there may be a part of a file: only for files whose content is checked when they are read.
 
     Raises:
-        OutputError: Files cannot be created once and whole there.
+        OutputError: As `error`: files cannot be created once and whole there.
         MissingDependencyError: The package of the file system is not installed.
     """
     text = os.fspath(url)
     protocol = protocol_of(text)
     if protocol in ("file", "local"):
-        _, path = open_filesystem(text, storage_options, OutputError)
-        return LocalStorage(path)
-    if protocol not in PROTOCOLS:
-        raise OutputError(
+        _, path = open_filesystem(text, storage_options, error)
+        return LocalStorage(path, error=error)
+    if protocol not in PROTOCOLS and not any_protocol:
+        raise error(
             f"the output cannot be written to {text}",
             hint=f"Name a local folder or a URL of {', '.join(PROTOCOLS)}: there a file can be created once and whole.",
         )
     # a cached listing, even one that another thread has just made, may miss what another process created
-    options = {**(storage_options or {}), "use_listings_cache": False, "skip_instance_cache": True}
-    filesystem, path = open_filesystem(text, options, OutputError)
-    return ObjectStorage(filesystem, path.rstrip("/"))
+    options = dict(storage_options or {})
+    if protocol in PROTOCOLS:
+        options |= {"use_listings_cache": False, "skip_instance_cache": True}
+    filesystem, path = open_filesystem(text, options, error)
+    return ObjectStorage(filesystem, path.rstrip("/"), error=error)

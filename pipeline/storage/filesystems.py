@@ -8,7 +8,7 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 
-from pipeline.errors import BatchError, ExpertError, MissingDependencyError
+from pipeline.errors import ExpertError, MissingDependencyError
 
 _NETWORK_MODULES = ("aiohttp", "botocore", "aiobotocore", "s3fs", "gcsfs", "google", "requests", "urllib3")
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
@@ -21,7 +21,7 @@ def protocol_of(url: str) -> str:
 
 
 def open_filesystem(
-    url: str | os.PathLike[str], options: Mapping[str, Any] | None, error: type[BatchError]
+    url: str | os.PathLike[str], options: Mapping[str, Any] | None, error: type[ExpertError]
 ) -> tuple[Any, str]:
     """The fsspec file system of a path or URL, and the path within it.
 
@@ -32,7 +32,7 @@ def open_filesystem(
 
     Raises:
         MissingDependencyError: The file system's package is not installed.
-        BatchError: Of the kind `error`: the protocol is not known, or the options do not fit.
+        ExpertError: Of the kind `error`: the protocol is not known, or the options do not fit.
     """
     text = os.fspath(url)
     protocol = protocol_of(text)
@@ -62,7 +62,7 @@ def full_path(filesystem: Any, path: str) -> str:
 
 
 @contextmanager
-def translated(message: str, error: type[BatchError], *, hint: str) -> Iterator[None]:
+def translated(message: str, error: type[ExpertError], *, hint: str) -> Iterator[None]:
     """Turn what files, networks and pyarrow raise into one of our errors.
 
     Args:

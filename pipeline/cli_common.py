@@ -1,0 +1,53 @@
+"""What the commands share: how an error of ours ends the process, and options of a storage."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from pipeline.errors import ConfigError, ExpertError, InvalidRequestError
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+PackageArgument = Annotated[
+    str, typer.Argument(help="A .expert file, an unpacked directory, a URL, or what `expert stage` printed.")
+]
+StorageOption = Annotated[
+    list[str] | None,
+    typer.Option("--storage-option", metavar="KEY=VALUE", help="An option of the storage (fsspec); may be repeated."),
+]
+
+
+@contextmanager
+def errors_on_exit(
+    interrupted: str = "interrupted; what is committed stays, and the same command continues",
+) -> Iterator[None]:
+    """Print an error of ours without a traceback, and end the process with an exit code."""
+    try:
+        yield
+    except ExpertError as error:
+        console = Console(stderr=True, soft_wrap=True)
+        console.print(f"[bold red]{type(error).__name__}:[/bold red] {escape(str(error))}", highlight=False)
+        usage = isinstance(error, ConfigError | InvalidRequestError)
+        raise typer.Exit(EXIT_USAGE if usage else EXIT_FAILED) from error
+    except KeyboardInterrupt as error:
+        typer.echo(interrupted, err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from error
+
+
+def storage_options(given: list[str] | None) -> dict[str, Any]:
+    """Storage options as a config file would give them: `client_kwargs.endpoint_url=http://...` nests."""
+    options: dict[str, Any] = {}
+    for item in given or []:
+        name, separator, value = item.partition("=")
+        if not name or not separator:
+            raise ConfigError(f"--storage-option {item!r} is not KEY=VALUE", hint="Write for example anon=true.")
+        *folders, last = name.split(".")
+        place = options
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[last] = {"true": True, "false": False}.get(value, value)
+    return options

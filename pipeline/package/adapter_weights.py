@@ -1,0 +1,164 @@
+"""Whether the tensors of an adapter are those its config speaks of, and fit its base model: by names and shapes alone.
+
+Source: the state dicts of PEFT 0.21.2.
+"""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.errors import AdapterError, BaseModelError
+from pipeline.package.adapter import AdapterConfig
+from pipeline.package.weights import TensorInfo, read_safetensors_header
+
+MAX_PROBLEMS = 8
+_PREFIX = "base_model.model."
+_FLOATS = {"F16", "BF16", "F32", "F64"}
+_LORA = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|lora_E)"
+    r"(?P<bias>\.bias)?(?:\.weight)?"
+)
+_OTHERS = {
+    "IA3": re.compile(r".+\.ia3_l(\.weight)?"),
+    "LOKR": re.compile(r".+\.lokr_(w1|w2|w1_a|w1_b|w2_a|w2_b|t2)(\.weight)?"),
+    "ADALORA": re.compile(r".+\.(lora_[ABE]|ranknum)(\.weight)?"),
+}
+Shapes = dict[str, tuple[int, ...]]
+
+
+def check_adapter_weights(tensors: Sequence[TensorInfo], config: AdapterConfig, *, source: str) -> None:
+    """Compare an adapter's tensors with its config.
+
+    Args:
+        tensors: What the file's header says.
+        config: Its `adapter_config.json`.
+        source: The file, as messages name it.
+
+    Raises:
+        AdapterError: A tensor is missing, left over, of a type that is no floating-point one, or of another rank.
+    """
+    problems = [f"{tensor.name}: dtype {tensor.dtype}" for tensor in tensors if tensor.dtype not in _FLOATS]
+    known = _OTHERS.get(config.peft_type)
+    may_hold_more = bool(config.modules_to_save) or config.bias != "none"
+    if known is not None:
+        found = [tensor.name for tensor in tensors if known.fullmatch(tensor.name)]
+        left = [tensor.name for tensor in tensors if not known.fullmatch(tensor.name)]
+    else:
+        parts = lora_parts(tensors)
+        found, left = [*parts], [tensor.name for tensor in tensors if _LORA.fullmatch(tensor.name) is None]
+        problems += _lora_problems(parts, config)
+    if not found:
+        problems.append(f"it holds no tensor of a {config.kind} adapter")
+    if not may_hold_more:
+        problems += [f"{name}: not a tensor of a {config.kind} adapter" for name in left]
+    if problems:
+        raise AdapterError(
+            f"{source} is not the adapter that adapter_config.json describes",
+            hint="Save the adapter again with PEFT's save_pretrained, and pack both files of it.",
+            details=shortened(problems),
+        )
+
+
+def lora_parts(tensors: Sequence[TensorInfo]) -> dict[str, Shapes]:
+    """The shapes of a LoRA adapter's tensors, by module and part: `q_proj -> {lora_A: (r, in), ...}`."""
+    found: dict[str, Shapes] = defaultdict(dict)
+    for tensor in tensors:
+        match = _LORA.fullmatch(tensor.name)
+        if match is not None:
+            found[match["module"]][match["part"] + (match["bias"] or "")] = tensor.shape
+    return dict(found)
+
+
+def _lora_problems(parts: dict[str, Shapes], config: AdapterConfig) -> list[str]:
+    ranks = {config.r, *(rank for rank in config.rank_pattern.values() if isinstance(rank, int))}
+    problems: list[str] = []
+    for module, shapes in parts.items():
+        first, second = (
+            ("lora_embedding_A", "lora_embedding_B") if "lora_embedding_A" in shapes else ("lora_A", "lora_B")
+        )
+        missing = [part for part in (first, second) if part not in shapes]
+        if config.use_dora and "lora_magnitude_vector" not in shapes:
+            missing.append("lora_magnitude_vector")
+        problems += [f"{module}.{part}: missing" for part in missing]
+        if "lora_magnitude_vector" in shapes and not config.use_dora:
+            problems.append(f"{module}.lora_magnitude_vector: of a DoRA adapter, and use_dora is false")
+        if first not in shapes or second not in shapes:
+            continue
+        down, up = shapes[first], shapes[second]
+        if len(down) != 2 or len(up) != 2 or down[0] != up[1]:
+            problems.append(f"{module}: shapes {list(down)} and {list(up)} do not belong together")
+        elif down[0] not in ranks:
+            problems.append(f"{module}: rank {down[0]}, adapter_config.json says {sorted(ranks)}")
+    return problems
+
+
+def check_fits_base(weights: Path, config: AdapterConfig, base_path: Path, *, label: str) -> None:
+    """Compare a LoRA adapter's shapes with the modules of the base model that it changes.
+
+    Modules whose weights the checkpoint names or stores otherwise (fused experts, packed integers) are left to the
+    engine, which compares with the loaded model.
+
+    Args:
+        weights: The adapter's safetensors file.
+        config: Its config.
+        base_path: The base model's directory.
+        label: The package, as messages name it.
+
+    Raises:
+        AdapterError: It is the adapter of another base model.
+        BaseModelError: The base model's files are not valid safetensors.
+    """
+    if config.peft_type != "LORA" or config.fan_in_fan_out:
+        return
+    known = _base_shapes(base_path)
+    problems, missing, matched = [], [], 0
+    for name, shapes in lora_parts(read_safetensors_header(weights, source=label)).items():
+        module = name.removeprefix(_PREFIX)
+        shape = known.get(f"{module}.weight", known.get(f"{module.removeprefix('model.')}.weight"))
+        if shape is None:
+            missing.append(f"{module}: not in the base model")
+            continue
+        matched += 1
+        if len(shape) != 2 or "lora_A" not in shapes:
+            continue
+        adapter = (shapes["lora_B"][0], shapes["lora_A"][1])
+        if adapter != shape:
+            problems.append(f"{module}: the adapter is for {list(adapter)}, the base model has {list(shape)}")
+    problems += missing if matched else []
+    if problems:
+        raise AdapterError(
+            f"the adapter of {label} is not for the base model in {base_path}",
+            hint="Check that base_model is the one the expert was trained on.",
+            details=shortened(problems),
+        )
+
+
+def _base_shapes(base_path: Path) -> Shapes:
+    try:
+        return {
+            tensor.name: tensor.shape
+            for path in sorted(base_path.glob("*.safetensors"))
+            for tensor in read_safetensors_header(path, source=str(base_path))
+            if tensor.dtype in _FLOATS
+        }
+    except AdapterError as problem:
+        raise BaseModelError(
+            f"the base model in {base_path} is damaged", hint="Fetch the model again.", details=problem.details
+        ) from problem
+
+
+def config_number(base_path: Path, name: str) -> int | None:
+    """A size that the base model's config.json gives, such as `vocab_size`; None where it does not say."""
+    try:
+        value = json.loads((base_path / "config.json").read_bytes()).get(name)
+    except (OSError, ValueError, AttributeError):
+        return None
+    return value if type(value) is int and value > 0 else None
+
+
+def shortened(problems: list[str]) -> list[str]:
+    """The first of several lines, and how many more there are."""
+    more = len(problems) - MAX_PROBLEMS
+    return [*problems[:MAX_PROBLEMS], *([f"and {more} more"] if more > 0 else [])]
