@@ -6,8 +6,10 @@ Importing this package imports neither torch nor Ray; they are imported when fir
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
+from pipeline import logs as _logs
 from pipeline.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -25,6 +27,9 @@ _HOMES = {
     "InferenceResult": "pipeline.expert",
     "run_batch": "pipeline.batch",
 }
+
+
+_logs.set_up(os.environ)
 
 
 def __getattr__(name: str) -> Any:

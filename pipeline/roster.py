@@ -159,7 +159,7 @@ class Roster:
                 self._shelf.release(base, known.shelved)
                 if name in before:
                     self._let_go(before[name])
-            return [info for name, known in opened.items() if (info := self._info(name, known)) is not None]
+            return [info for name, known in ordered if (info := self._info(name, known)) is not None]
 
     def remove(self, name: str) -> None:
         """Forget an expert; see `ExpertManager.unload_expert`."""

@@ -103,5 +103,5 @@ def test_status_and_verification_of_an_output(tmp_path: Path) -> None:
 
 
 def test_every_command_teaches_by_example() -> None:
-    for command in ("run", "generate", "demo-data", "status", "verify-output"):
+    for command in ("run", "generate", "chat", "demo-data", "status", "verify-output"):
         assert "Example: expert" in expert(command, "--help").stdout

@@ -37,14 +37,11 @@ def test_its_return_value_is_the_result(expert: Expert) -> None:
         result = yield from expert.generate_stream(QUESTION.prompt, schema=QUESTION.schema)
         return result
 
-    pieces = passed_on()
-    text = ""
-    while True:
-        try:
-            text += next(pieces)
-        except StopIteration as end:
-            assert end.value.text == text
-            break
+    def collected() -> Generator[str, None, None]:
+        results.append((yield from passed_on()))
+
+    results: list[InferenceResult] = []
+    assert "".join(collected()) == results[0].text
 
 
 def test_closing_early_cancels_and_leaves_what_there_is(expert: Expert) -> None:
