@@ -127,11 +127,10 @@ class Expert(Asker):
             ExpertError: The expert cannot be loaded; or, with `raise_on_error`, a prompt cannot be answered.
 
         Example:
-            >>> from pipeline import Expert, demo
-            >>> with Expert.load(demo.package("json"), base_model=demo.BASE_MODEL) as expert:
-            ...     results = expert.generate_batch(["Omar turned 45.", ""], schema='{"age": "integer"}')
+            >>> schema = "CREATE TABLE users (id INT, name TEXT);"
+            >>> results = expert.generate_batch(["List the name of all users.", ""], schema=schema)
             >>> results[0].text, results[1].error.code
-            ('{"age": 45}', 'invalid_request')
+            ('SELECT name FROM users', 'invalid_request')
         """
         return self._answer(_asks(prompts, options), raise_on_error=raise_on_error)
 
@@ -150,11 +149,12 @@ class Expert(Asker):
             As `generate`, at once or from the iteration; ConfigError with `engine="padded"`.
 
         Example:
-            >>> from pipeline import Expert, demo
-            >>> with Expert.load(demo.package("json"), base_model=demo.BASE_MODEL) as expert:
-            ...     stream = expert.generate_stream("Omar turned 45.", schema='{"age": "integer"}')
-            ...     "".join(stream) == stream.result.text
-            True
+            >>> schema = "CREATE TABLE users (id INT, name TEXT);"
+            >>> stream = expert.generate_stream("List the name of all users.", schema=schema)
+            >>> "".join(stream)
+            'SELECT name FROM users'
+            >>> stream.result.finish_reason
+            'stop'
         """
         (running,) = self._begin([read_ask(prompt, options)], is_streamed=True, is_strict=True)
         return TextStream(running)

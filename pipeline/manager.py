@@ -36,15 +36,15 @@ class ExpertManager(Asker):
         >>> from pipeline import ExpertManager, demo
         >>> with ExpertManager(base_model=demo.BASE_MODEL) as manager:
         ...     _ = manager.load_experts({name: demo.package(name) for name in ("sql", "json")})
-        ...     schema = "CREATE TABLE users (id INT, name TEXT);"
+        ...     schema, fields = "CREATE TABLE users (id INT, name TEXT);", '{"city": "string", "age": "integer"}'
         ...     results = manager.generate_batch(
         ...         [
         ...             ("sql", {"prompt": "List the name of all users.", "schema": schema}),
-        ...             ("json", {"prompt": "Omar turned 45.", "schema": '{"age": "integer"}'}),
+        ...             ("json", {"prompt": "Maria lives in Lima and is 30 years old.", "schema": fields}),
         ...         ]
         ...     )
         >>> [result.text for result in results]
-        ['SELECT name FROM users', '{"age": 45}']
+        ['SELECT name FROM users', '{"city": "Lima", "age": 30}']
     """
 
     def __init__(

@@ -45,9 +45,9 @@ def test_a_conversation(manager: ExpertManager, tmp_path: Path) -> None:
     assert "* expert-sql\n  expert-json\n  auto\n" in said(session, "/expert")
     assert said(session, "/expert json") == "expert: expert-json\n"
     assert session.messages == [], "another expert, another conversation"
-    age = '{"age": "integer"}'
-    (tmp_path / "age.json").write_text(age)
-    assert '{"age": 45}' in said(session, f"/schema {tmp_path / 'age.json'}", "Omar turned 45.")
+    (tmp_path / "fields.json").write_text('{"city": "string", "age": "integer"}')
+    shown = said(session, f"/schema {tmp_path / 'fields.json'}", "Maria lives in Lima and is 30 years old.")
+    assert '{"city": "Lima", "age": 30}' in shown
     assert "a new conversation" in said(session, "/clear")
     assert session.messages == []
     assert "/schema FILE" in said(session, "/help")
@@ -82,9 +82,9 @@ def test_ctrl_c_stops_an_answer_and_forgets_it(manager: ExpertManager) -> None:
 def test_lines_are_typed_and_kept(tmp_path: Path) -> None:
     kept = tmp_path / "history"
     with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
-        keys.send_text("first\nwrong\x03\x1b[A again\n\x04")  # Ctrl-C drops the second, arrow up brings the first
-        assert list(typed_lines(kept)) == ["first", "first again"]
-    assert [line[1:] for line in kept.read_text().splitlines() if line.startswith("+")] == ["first", "first again"]
+        keys.send_text("first\nwrong\x03sec\x01a \n\x04")  # Ctrl-C drops a line, Ctrl-A goes to its beginning
+        assert list(typed_lines(kept)) == ["first", "a sec"]
+    assert [line[1:] for line in kept.read_text().splitlines() if line.startswith("+")] == ["first", "a sec"]
 
 
 def test_chat_reads_standard_input(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
@@ -42,7 +42,7 @@ class JobExpert:
     sha256: str
     label: str
     options: Mapping[str, Any]
-    routing: Routing = Routing()
+    routing: Routing = field(default_factory=Routing)
 
 
 @dataclass(frozen=True)

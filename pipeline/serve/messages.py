@@ -74,7 +74,7 @@ class ModelCard:
     description: str | None = None
     takes_schema: bool = False
     dialects: tuple[str, ...] = ()
-    routing: Routing = Routing()
+    routing: Routing = field(default_factory=Routing)
 
 
 class Backend(Protocol):
