@@ -12,7 +12,15 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from pipeline.cli_common import EXIT_FAILED, PackageArgument, StorageOption, errors_on_exit, storage_options
+from pipeline.cli_common import (
+    EXIT_FAILED,
+    PackageArgument,
+    StorageOption,
+    Trust,
+    TrustOption,
+    errors_on_exit,
+    storage_options,
+)
 from pipeline.cli_packages import add_package_commands
 from pipeline.errors import ConfigError
 
@@ -97,6 +105,7 @@ def generate(
     truncate: Annotated[
         str | None, typer.Option(help="left or right: cut a prompt that is too long at that side.")
     ] = None,
+    trust: TrustOption = Trust.any,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps.")] = None,
     quantization: Annotated[str | None, typer.Option(help="int8 or int4: weights of 8 or 4 bits.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole result as JSON.")] = False,
@@ -110,7 +119,10 @@ def generate(
 
         question = sys.stdin.read() if prompt == "-" else prompt
         schema_text = _text_or_file(schema)
-        with Expert.load(package, device=device, base_model=base_model, quantization=quantization) as expert:
+        loaded = Expert.load(
+            package, device=device, base_model=base_model, quantization=quantization, trust=trust.value
+        )
+        with loaded as expert:
             result = expert.generate(
                 question,
                 schema=schema_text,
@@ -166,6 +178,7 @@ def serve_packages(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 for any free one.")] = 8000,
     base_model: BaseModelOption = None,
+    trust: TrustOption = Trust.any,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; the best there is if not given.")] = None,
     replicas: Annotated[int, typer.Option(help="Processes that answer, for each base model.", min=1)] = 1,
 ) -> None:
@@ -185,6 +198,7 @@ def serve_packages(
             "host": host,
             "port": port,
             "base_model": base_model,
+            "trust": trust.value,
             "device": device,
             "replicas": {"min": replicas, "max": replicas},
         }
