@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PEERS := build/peers
+FUZZ_SECONDS := 300
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check format test bench bench-serve bench-peers train clean
+.PHONY: help setup demo check format test fuzz bench bench-serve bench-package bench-peers train clean
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,6 +38,10 @@ format: $(STAMP)  ## format the code and apply safe lint fixes
 test: $(STAMP)  ## run all tests
 	$(BIN)/python -m pytest
 
+fuzz: $(STAMP)  ## feed damaged archives, manifests and tensors to the readers, FUZZ_SECONDS for each (300)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt atheris
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
+
 bench: $(STAMP)  ## compare the engines with stock generate and, after bench-peers, with vLLM (two hours on two cores)
 	$(BIN)/python -m benchmarks.engine --workload shared-schema,unique-prompts --json build/bench/engine.json \
 	  $(if $(wildcard $(PEERS)/bin/python),--peer vllm=$(PEERS)/bin/python)
@@ -50,6 +55,9 @@ bench-serve: $(STAMP)  ## compare the service with generate behind FastAPI, tran
 	$(BIN)/python -m benchmarks.serve --model qwen3-0.6b --servers expert-serve,thirty-lines --concurrency 1,4,32 \
 	  --per-client 4 --least 8 --seconds 120 --patience 600 --json build/bench/serve-0.6b.json \
 	  $(if $(wildcard $(PEERS)/bin/python),--peer vllm=$(PEERS)/bin/python)
+
+bench-package: $(STAMP)  ## time loading packages of 25 MB and 1 GB beside tar and sha256sum (some minutes)
+	$(BIN)/python -m benchmarks.package --json build/bench/package.json
 
 # Its torchvision, torchaudio and torchcodec do not match the torch it brings; it runs without them.
 bench-peers:  ## install vLLM for make bench and make bench-serve, into an environment of its own

@@ -12,7 +12,15 @@ import typer
 from rich.console import Console
 
 from pipeline.cli_ask import add_ask_commands
-from pipeline.cli_common import EXIT_FAILED, BaseModelOption, StorageOption, errors_on_exit, storage_options
+from pipeline.cli_common import (
+    EXIT_FAILED,
+    BaseModelOption,
+    StorageOption,
+    Trust,
+    TrustOption,
+    errors_on_exit,
+    storage_options,
+)
 from pipeline.cli_packages import add_package_commands
 
 MOST_PINNED = 16  # so many experts `expert serve` loads at the start
@@ -121,6 +129,7 @@ def serve_packages(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 for any free one.")] = 8000,
     base_model: BaseModelOption = None,
+    trust: TrustOption = Trust.any,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; the best there is if not given.")] = None,
     replicas: Annotated[int, typer.Option(help="Processes that answer, for each base model.", min=1)] = 1,
 ) -> None:
@@ -140,6 +149,7 @@ def serve_packages(
             "host": host,
             "port": port,
             "base_model": base_model,
+            "trust": trust.value,
             "device": device,
             "replicas": {"min": replicas, "max": replicas},
         }

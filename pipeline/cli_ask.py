@@ -8,7 +8,15 @@ from typing import Annotated, Any, Literal, cast
 
 import typer
 
-from pipeline.cli_common import BaseModelOption, PackageArgument, errors_on_exit, printable, text_or_file
+from pipeline.cli_common import (
+    BaseModelOption,
+    PackageArgument,
+    Trust,
+    TrustOption,
+    errors_on_exit,
+    printable,
+    text_or_file,
+)
 from pipeline.errors import ConfigError
 
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; the best there is if not given.")]
@@ -43,6 +51,7 @@ def generate(
     truncate: Annotated[
         str | None, typer.Option(help="left or right: cut a prompt that is too long at that side.")
     ] = None,
+    trust: TrustOption = Trust.any,
     device: DeviceOption = None,
     quantization: QuantizationOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole result as JSON.")] = False,
@@ -71,7 +80,10 @@ def generate(
             "regex": regex,
             "truncate": cast(Literal["left", "right"] | None, truncate),
         }
-        with Expert.load(package, device=device, base_model=base_model, quantization=quantization) as expert:
+        loaded = Expert.load(
+            package, device=device, base_model=base_model, quantization=quantization, trust=trust.value
+        )
+        with loaded as expert:
             if as_json:
                 result = expert.generate(question, **options)
                 typer.echo(json.dumps(result.to_dict(), ensure_ascii=False, indent=2))
@@ -90,6 +102,7 @@ def chat(
     schema: SchemaOption = None,
     base_model: BaseModelOption = None,
     max_tokens: MaxTokensOption = None,
+    trust: TrustOption = Trust.any,
     device: DeviceOption = None,
     quantization: QuantizationOption = None,
     history: Annotated[Path | None, typer.Option(help="Keep what you type in this file, for the next time.")] = None,
@@ -106,19 +119,19 @@ def chat(
         lines = typed_lines(history) if is_typed else (line.rstrip("\n") for line in sys.stdin)
         with ExpertManager(device=device, base_model=base_model, quantization=quantization) as manager:
             for package in packages:
-                name = _load(manager, package)
+                name = _load(manager, package, trust)
                 if is_typed:
                     typer.echo(f"{name} is loaded")
             session = ChatSession(manager, schema=text_or_file(schema), max_tokens=max_tokens)
             converse(session, lines, lambda text: typer.echo(printable(text), nl=False))
 
 
-def _load(manager: Any, package: str) -> str:
+def _load(manager: Any, package: str, trust: Trust) -> str:
     """Load an expert under the name in its manifest."""
     from pipeline.package import open_package
 
-    name = open_package(package).manifest.name
+    name = open_package(package, trust=trust.value).manifest.name
     if name in manager.experts:
         raise ConfigError(f"two packages are called {name}", hint="Give one of them.")
-    manager.load_expert(name, package)
+    manager.load_expert(name, package, trust=trust.value)
     return name

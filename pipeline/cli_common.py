@@ -1,8 +1,9 @@
-"""What the commands share: how an error of ours ends the process, and options of a storage."""
+"""What the commands share: how an error of ours ends the process, and options of several of them."""
 
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,21 @@ from rich.markup import escape
 from pipeline.errors import ConfigError, ExpertError, InvalidRequestError
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+
+class Trust(StrEnum):
+    """What is asked of a signature."""
+
+    any = "any"
+    signed = "signed"
+    trusted = "trusted"
+
+
+TrustOption = Annotated[
+    Trust,
+    typer.Option(help="What is asked of the signature: nothing, that there is one, or that you trust the signer."),
+]
+RollbackOption = Annotated[bool, typer.Option("--allow-rollback", help="Take an older version than was opened before.")]
 
 PackageArgument = Annotated[
     str, typer.Argument(help="A .expert file, an unpacked directory, a URL, or what `expert stage` printed.")

@@ -7,12 +7,13 @@ directories are written, and each file is created new, relative to a directory t
 import hashlib
 import os
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
 from pipeline.errors import ArchiveError
+from pipeline.package.hashing import BackgroundHash
 from pipeline.package.integrity import FileRecord
 from pipeline.package.limits import ArchiveLimits
 from pipeline.package.paths import NameTable
@@ -66,7 +67,7 @@ def unpack(archive: BinaryIO, destination: Path, limits: ArchiveLimits, *, sourc
     names, records = NameTable(), []
     try:
         reader = make_reader(cast(BinaryIO, hashed), size, limits)
-        with _Destination(destination) as folder:
+        with closing(hashed), _Destination(destination) as folder:
             for member in reader.members():
                 names.add(member.path, "directory" if member.is_directory else "file")
                 if member.is_directory:
@@ -74,7 +75,7 @@ def unpack(archive: BinaryIO, destination: Path, limits: ArchiveLimits, *, sourc
                 else:
                     records.append(FileRecord(member.path, member.size, folder.write(reader, member)))
                     reader.end_member()
-        reader.finish()
+            reader.finish()
     except DamageError as problem:
         raise ArchiveError(
             f"{source} is damaged", hint="Fetch the package again; it may be incomplete.", details=[str(problem)]
@@ -125,7 +126,7 @@ class _Hashed:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self._hash = hashlib.sha256()
+        self._hash = BackgroundHash()
         self._is_in_order = True
 
     def read(self, size: int = -1) -> bytes:
@@ -147,6 +148,9 @@ class _Hashed:
         while data := self._file.read(CHUNK_BYTES):
             digest.update(data)
         return digest.hexdigest()
+
+    def close(self) -> None:
+        self._hash.close()
 
 
 class _Destination:
@@ -180,8 +184,11 @@ class _Destination:
         """Create one file from what the reader gives, and return its sha256."""
         folder, _, name = member.path.rpartition("/")
         self.make(folder)
-        digest, missing = hashlib.sha256(), member.size
-        with os.fdopen(os.open(name, _FILE_FLAGS, 0o644, dir_fd=self._handle), "wb", buffering=0) as file:
+        digest, missing = BackgroundHash(), member.size
+        with (
+            closing(digest),
+            os.fdopen(os.open(name, _FILE_FLAGS, 0o644, dir_fd=self._handle), "wb", buffering=0) as file,
+        ):
             while missing:
                 chunk = reader.read(min(missing, CHUNK_BYTES))
                 if not chunk:

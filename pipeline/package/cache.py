@@ -22,16 +22,19 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Literal
 
-from pipeline.errors import IntegrityError, PackageNotFoundError, StoreError
+from pipeline.errors import ArchiveError, IntegrityError, PackageNotFoundError, StoreError
 from pipeline.package.archive import unpack
+from pipeline.package.hashing import hash_with_tail
 from pipeline.package.integrity import FileRecord, check_sha256, content_digest, sidecar_sha256
 from pipeline.package.known_archives import known_sha256, remember_archive
 from pipeline.package.limits import ArchiveLimits
 from pipeline.package.locks import file_lock, scratch_directory, unwritable
+from pipeline.package.seal import SEALED_HEADER_BYTES, sealed_sha256
 
 INDEX_NAME = ".index.json"
 FILES_NAME = "files"
 _INDEX_FORMAT = 1
+_FETCH_AGAIN = "Fetch the package again; it may be incomplete."
 
 Kind = Literal["packages", "models"]
 KINDS: tuple[Kind, ...] = ("packages", "models")
@@ -83,7 +86,7 @@ def unpack_cached(archive: Path, cache_dir: Path, limits: ArchiveLimits, *, sour
     with _opened(archive) as file:
         status = os.fstat(file.fileno())
         known = known_sha256(cache_dir, archive, status)
-        sha256 = known or hashlib.file_digest(file, "sha256").hexdigest()
+        sha256 = known or _checked_sha256(file, source)
         if expected is not None:
             check_sha256(source, expected=expected, actual=sha256, stated_by=f"{archive.name}.sha256")
 
@@ -162,6 +165,23 @@ def index_of(place: Path) -> CacheEntry | None:
     if content_digest(files) != index.get("digest") or {file.path: file.size for file in files} != _sizes(root):
         return None
     return CacheEntry(root, files, index["digest"])
+
+
+def _checked_sha256(file: BufferedReader, source: str) -> str:
+    """The sha256 of an archive, which is compared with its seal where it has one."""
+    head = file.read(SEALED_HEADER_BYTES)
+    file.seek(0)
+    try:
+        seal = sealed_sha256(head)
+    except ValueError as problem:
+        raise ArchiveError(f"{source} is damaged", hint=_FETCH_AGAIN, details=[str(problem)]) from problem
+    if seal is None:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+    sha256, rest = hash_with_tail(file, SEALED_HEADER_BYTES)
+    if rest != seal:
+        detail = "The gzip stream differs from the checksum in its header."
+        raise ArchiveError(f"{source} is damaged", hint=_FETCH_AGAIN, details=[detail])
+    return sha256
 
 
 @contextmanager

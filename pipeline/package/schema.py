@@ -16,6 +16,8 @@ def manifest_schema() -> dict[str, Any]:
     drawn = ActedOn.model_json_schema(ref_template="#/$defs/{model}")
     parts = drawn["$defs"]
     fields = drawn["properties"]
+    fields["base_models"] |= {"minItems": 1}  # what is checked after a tuple is made of it is not drawn
+    parts["BaseModelSpec"]["properties"]["adapters"] |= {"minItems": 1}
     adapters = {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/AdapterSpec"}}
     one = {name: value for name, value in parts["BaseModelSpec"]["properties"].items() if name != "adapters"}
     shared = {name: fields[name] for name in ("name", "version", "soft_prompts", "constraints")}

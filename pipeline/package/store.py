@@ -159,6 +159,7 @@ class PackageStore:
         folder = self._folder(kind, digest)
         marker = read_marker(folder, digest)
         if marker is not None:
+            folder.remove_tree(_ATTEMPTS)  # of one who died between the marker and this
             return self._staged(kind, digest, marker, is_new=False)
         marker = Marker(label, tuple(sorted(files, key=lambda record: record.path)))
         there = folder.list(FILES_NAME)

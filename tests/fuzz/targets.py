@@ -1,0 +1,85 @@
+"""What is fuzzed: each target may raise an error of ours and nothing else, and leaves nothing outside its folder."""
+
+import gzip
+import io
+import json
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from pipeline.errors import LoadError
+from pipeline.package.archive import unpack
+from pipeline.package.limits import ArchiveLimits
+from pipeline.package.manifest_reader import read_manifest
+from pipeline.package.weights import read_safetensors_header
+from tests.package.expert_fixtures import expert_files, tar, weights
+from tests.package.hostile_cases import ARCHIVES, PACKAGES, ZIPS, zipped, zst
+
+LIMITS = ArchiveLimits(total_bytes=1 << 20, file_bytes=1 << 20, members=100, path_length=200, depth=8)
+_GZIP, _PLAIN = b"\x1f\x8b", b"tar:"
+_HOME = Path(tempfile.mkdtemp(prefix="fuzz-"))
+
+
+def archive(data: bytes) -> None:
+    """An archive of any kind; what begins with `tar:` is gzipped first, for the fuzzer cannot make its checksum."""
+    if data.startswith(_PLAIN):
+        data = gzip.compress(data[len(_PLAIN) :], 1, mtime=0)
+    folder = _HOME / "unpacked"
+    folder.mkdir()
+    try:
+        with suppress(LoadError):
+            unpack(io.BytesIO(data), folder, LIMITS, source="x")
+        if {path.name for path in _HOME.iterdir()} != {"unpacked"}:
+            raise AssertionError("something was written beside the destination")
+        for path in folder.rglob("*"):
+            if path.is_symlink() or not (path.is_file() or path.is_dir()):
+                raise AssertionError(f"{path} is neither a file nor a directory")
+    finally:
+        shutil.rmtree(folder)
+
+
+def manifest(data: bytes) -> None:
+    """A manifest; what is read must be what json reads."""
+    with suppress(LoadError):
+        found = read_manifest(data, source="x").manifest
+        if found.raw != json.loads(data):
+            raise AssertionError("read otherwise than json reads it")
+
+
+def safetensors(data: bytes) -> None:
+    """A safetensors file; one that is taken must hold exactly its tensors' bytes."""
+    path = _HOME / "x.safetensors"
+    path.write_bytes(data)
+    with suppress(LoadError):
+        read_safetensors_header(path, source="x")
+    path.unlink()
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "archive": archive,
+    "manifest": manifest,
+    "safetensors": safetensors,
+}
+
+
+def seeds(target: str) -> Iterator[bytes]:
+    """What the fuzzer begins with: the table of hostile packages, and a good one."""
+    if target == "archive":
+        yield zipped()
+        yield zst(tar())
+        for _, build, _ in (*ARCHIVES, *ZIPS):
+            data = build()
+            yield data
+            if data.startswith(_GZIP):
+                with suppress(OSError, EOFError, zlib.error):
+                    yield _PLAIN + gzip.decompress(data)
+        return
+    name = {"manifest": "manifest.json", "safetensors": "adapter_model.safetensors"}[target]
+    yield weights() if target == "safetensors" else expert_files()[name]
+    for _, make, _, _ in PACKAGES:
+        files = make()
+        if name in files:
+            yield files[name]
