@@ -4,7 +4,6 @@ Exit codes: 0 when it worked, 1 when it did not, 2 when it was called wrongly, 1
 """
 
 import json
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,19 +11,37 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from pipeline.cli_common import EXIT_FAILED, PackageArgument, StorageOption, errors_on_exit, storage_options
+from pipeline.cli_ask import add_ask_commands
+from pipeline.cli_common import (
+    EXIT_FAILED,
+    BaseModelOption,
+    StorageOption,
+    Trust,
+    TrustOption,
+    errors_on_exit,
+    storage_options,
+)
 from pipeline.cli_packages import add_package_commands
-from pipeline.errors import ConfigError
 
 MOST_PINNED = 16  # so many experts `expert serve` loads at the start
 
+EPILOG = """\
+[bold]Exit codes:[/bold] 0 it worked; 1 it did not; 2 it was called wrongly; 130 it was interrupted.
+
+[bold]Completion:[/bold] `expert --install-completion` teaches your shell the commands and options.
+
+[bold]Log:[/bold] `EXPERT_LOG=debug expert ...` tells what is done. docs/errors.md explains every error.
+"""
+
 app = typer.Typer(
     help="Answer datasets and prompts with expert packages.",
+    epilog=EPILOG,
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+add_ask_commands(app)
 add_package_commands(app)
 
 
@@ -42,11 +59,6 @@ class DemoTask(StrEnum):
     sql = "sql"
     cypher = "cypher"
     json = "json"
-
-
-BaseModelOption = Annotated[
-    str | None, typer.Option(help="The base model's directory or Hugging Face id; by the manifest's name if not given.")
-]
 
 
 @app.command()
@@ -76,55 +88,6 @@ def run_job(config: Path, overrides: list[str]) -> None:
 
         result = run_config(load_config(config, overrides))
         typer.echo(str(result.report))
-
-
-@app.command()
-def generate(
-    package: PackageArgument,
-    prompt: Annotated[str, typer.Argument(help="The question; - reads it from standard input.")],
-    schema: Annotated[str | None, typer.Option(help="The schema, as text; @FILE reads it from a file.")] = None,
-    dialect: Annotated[str | None, typer.Option(help="The query dialect; the expert's own if not given.")] = None,
-    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
-    base_model: BaseModelOption = None,
-    temperature: Annotated[float | None, typer.Option(help="0 takes the most likely token.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="At most this many tokens are generated.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the draws.")] = None,
-    grammar: Annotated[bool | None, typer.Option(help="Hold the answer to the package's grammar.")] = None,
-    json_schema: Annotated[
-        str | None, typer.Option(help="Hold the answer to a JSON schema; @FILE reads it from a file.")
-    ] = None,
-    regex: Annotated[str | None, typer.Option(help="Hold the answer to a regular expression.")] = None,
-    truncate: Annotated[
-        str | None, typer.Option(help="left or right: cut a prompt that is too long at that side.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps.")] = None,
-    quantization: Annotated[str | None, typer.Option(help="int8 or int4: weights of 8 or 4 bits.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the whole result as JSON.")] = False,
-) -> None:
-    """Answer one prompt.
-
-    Example: expert generate expert-sql.expert "List the name of all users." --schema @schema.sql
-    """
-    with errors_on_exit():
-        from pipeline.expert import Expert
-
-        question = sys.stdin.read() if prompt == "-" else prompt
-        schema_text = _text_or_file(schema)
-        with Expert.load(package, device=device, base_model=base_model, quantization=quantization) as expert:
-            result = expert.generate(
-                question,
-                schema=schema_text,
-                dialect=dialect,
-                system=system,
-                temperature=temperature,
-                max_tokens=max_tokens,
-                seed=seed,
-                use_grammar=grammar,
-                json_schema=_text_or_file(json_schema),
-                regex=regex,
-                truncate=truncate,
-            )
-        typer.echo(json.dumps(result.to_dict(), ensure_ascii=False, indent=2) if as_json else result.text)
 
 
 @app.command("demo-data")
@@ -166,6 +129,7 @@ def serve_packages(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 for any free one.")] = 8000,
     base_model: BaseModelOption = None,
+    trust: TrustOption = Trust.any,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; the best there is if not given.")] = None,
     replicas: Annotated[int, typer.Option(help="Processes that answer, for each base model.", min=1)] = 1,
 ) -> None:
@@ -185,6 +149,7 @@ def serve_packages(
             "host": host,
             "port": port,
             "base_model": base_model,
+            "trust": trust.value,
             "device": device,
             "replicas": {"min": replicas, "max": replicas},
         }
@@ -280,17 +245,6 @@ def diff_outputs(
             print_diff(found, Console())
     if exit_code and found.same != found.rows:
         raise typer.Exit(EXIT_FAILED)
-
-
-def _text_or_file(value: str | None) -> str | None:
-    if value is None or not value.startswith("@"):
-        return value
-    try:
-        return Path(value[1:]).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{value[1:]} cannot be read: {error}", hint="Name a text file after @, or give the schema itself."
-        ) from error
 
 
 def main() -> None:

@@ -1,7 +1,10 @@
-"""What the commands share: how an error of ours ends the process, and options of a storage."""
+"""What the commands share: how an error of ours ends the process, and options of several of them."""
 
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,8 +15,26 @@ from pipeline.errors import ConfigError, ExpertError, InvalidRequestError
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
+
+class Trust(StrEnum):
+    """What is asked of a signature."""
+
+    any = "any"
+    signed = "signed"
+    trusted = "trusted"
+
+
+TrustOption = Annotated[
+    Trust,
+    typer.Option(help="What is asked of the signature: nothing, that there is one, or that you trust the signer."),
+]
+RollbackOption = Annotated[bool, typer.Option("--allow-rollback", help="Take an older version than was opened before.")]
+
 PackageArgument = Annotated[
     str, typer.Argument(help="A .expert file, an unpacked directory, a URL, or what `expert stage` printed.")
+]
+BaseModelOption = Annotated[
+    str | None, typer.Option(help="The base model's directory or Hugging Face id; by the manifest's name if not given.")
 ]
 StorageOption = Annotated[
     list[str] | None,
@@ -51,3 +72,24 @@ def storage_options(given: list[str] | None) -> dict[str, Any]:
             place = place.setdefault(folder, {})
         place[last] = {"true": True, "false": False}.get(value, value)
     return options
+
+
+def text_or_file(value: str | None) -> str | None:
+    """An option's text; of one that begins with `@`, what the file of that name holds.
+
+    Raises:
+        ConfigError: The file cannot be read.
+    """
+    if value is None or not value.startswith("@"):
+        return value
+    try:
+        return Path(value[1:]).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{value[1:]} cannot be read: {error}", hint="Name a text file after @, or give the text itself."
+        ) from error
+
+
+def printable(text: str) -> str:
+    """A text without what a terminal would obey: an answer is nobody's trusted text."""
+    return "".join(letter for letter in text if letter in "\n\t" or unicodedata.category(letter) != "Cc")

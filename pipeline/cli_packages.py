@@ -2,7 +2,6 @@
 
 import json
 import time
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +10,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.cli_common import EXIT_FAILED, PackageArgument, StorageOption, errors_on_exit, storage_options
+from pipeline.cli_common import (
+    EXIT_FAILED,
+    PackageArgument,
+    RollbackOption,
+    StorageOption,
+    Trust,
+    TrustOption,
+    errors_on_exit,
+    storage_options,
+)
 from pipeline.errors import ConfigError
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print it as JSON.")]
@@ -24,20 +32,6 @@ StoreOption = Annotated[
     typer.Option("--to", envvar="EXPERT_STORE", metavar="STORE", help="The store: a folder or URL all machines see."),
 ]
 
-
-class Trust(StrEnum):
-    """What is asked of a signature."""
-
-    any = "any"
-    signed = "signed"
-    trusted = "trusted"
-
-
-TrustOption = Annotated[
-    Trust,
-    typer.Option(help="What is asked of the signature: nothing, that there is one, or that you trust the signer."),
-]
-RollbackOption = Annotated[bool, typer.Option("--allow-rollback", help="Take an older version than was opened before.")]
 
 cache_app = typer.Typer(
     help="What is in the cache of this machine: unpacked packages and base models.", no_args_is_help=True

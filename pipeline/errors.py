@@ -16,6 +16,7 @@
     ├── InferenceError                  a request could not be answered
     │   ├── InvalidRequestError         the prompt or an option has a wrong type or value
     │   ├── PromptTooLongError          the prompt does not fit the model's context
+    │   ├── RoutingError                no expert fits the prompt
     │   ├── GrammarError                a grammar is wrong, or cannot be honoured
     │   ├── OutOfMemoryError            the device has too little memory
     │   └── DeadlineError               the answer was not finished in time
@@ -164,6 +165,12 @@ class PromptTooLongError(InferenceError):
     """The prompt does not fit the model's context."""
 
     code = "prompt_too_long"
+
+
+class RoutingError(InferenceError):
+    """No expert fits the prompt."""
+
+    code = "no_expert_fits"
 
 
 class GrammarError(InferenceError):

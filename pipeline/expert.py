@@ -3,74 +3,30 @@
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
-from pipeline.engine.types import Completion, Failure, FinishReason, Request, TokenLogprob
-from pipeline.errors import (
-    ExpertError,
-    GrammarError,
-    InferenceError,
-    InvalidRequestError,
-    MissingDependencyError,
-    OutOfMemoryError,
-    PromptTooLongError,
-    TokenizerError,
-)
+from pipeline.asking import Answerer, Ask, Asker, GenerateOptions, Item, Running, begin, read_ask, spelled_out
+from pipeline.errors import InferenceError
 from pipeline.package import ExpertPackage, TrustPolicy, fitting_base_model, open_package
+from pipeline.results import InferenceResult, Timings
+from pipeline.text_streams import AsyncTextStream, TextStream
 
 if TYPE_CHECKING:
     from pipeline.engine.runtime import EngineName, LoadedExpert
+    from pipeline.engine.stats import EngineStats
 
-PROMPT_FIELDS = ("prompt", "messages", "schema", "dialect", "system")
-ROW_ERRORS: dict[str, type[ExpertError]] = {
-    kind.code: kind
-    for kind in (
-        GrammarError,
-        InvalidRequestError,
-        MissingDependencyError,
-        OutOfMemoryError,
-        PromptTooLongError,
-        TokenizerError,
-    )
-}
+__all__ = ["AsyncTextStream", "Expert", "GenerateOptions", "InferenceResult", "TextStream", "Timings"]
+
+WARM_UP = "Hello."
 
 
-@dataclass(frozen=True)
-class InferenceResult:
-    """The answer to one prompt.
-
-    Args:
-        text: The answer, without stop string or end token; empty when there was an error.
-        finish_reason: `"stop"`, `"length"` (cut at `max_tokens` or the context) or `"error"`.
-        prompt_tokens: Tokens of the templated prompt.
-        completion_tokens: Tokens generated, the end token included.
-        expert: The expert that answered, `name@version`.
-        expert_sha256: The digest of its package.
-        error: Why there is no answer, or None.
-        logprobs: The log probability of each generated token, if asked for.
-    """
-
-    text: str
-    finish_reason: FinishReason
-    prompt_tokens: int
-    completion_tokens: int
-    expert: str
-    expert_sha256: str
-    error: Failure | None = None
-    logprobs: tuple[TokenLogprob, ...] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The result as plain values, for JSON or a DataFrame."""
-        return asdict(self)
-
-
-class Expert:
+class Expert(Asker):
     """One expert package, ready to answer.
 
-    The model is loaded at the first call that needs it. Calls from several threads are answered together.
+    The model is loaded at the first call that needs it, or by `warm_up`. Calls from any number of threads and tasks are
+    answered together, in one running batch.
 
     Example:
         >>> from pipeline import Expert, demo
@@ -98,6 +54,7 @@ class Expert:
         self._loaded: LoadedExpert | None = None
         self._is_closed = False
         self._lock = threading.Lock()
+        self._building = threading.Lock()
 
     @classmethod
     def load(
@@ -137,132 +94,115 @@ class Expert:
         base = fitting_base_model(package, base_model=base_model, models=models, cache_dir=cache)
         return cls(package, base.path, device=device, dtype=dtype, quantization=quantization, engine=engine)
 
-    def generate(
-        self,
-        prompt: str | None = None,
-        *,
-        messages: Sequence[Mapping[str, str]] | None = None,
-        schema: str | None = None,
-        dialect: str | None = None,
-        system: str | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        presence_penalty: float | None = None,
-        frequency_penalty: float | None = None,
-        max_tokens: int | None = None,
-        min_tokens: int | None = None,
-        stop: str | Sequence[str] | None = None,
-        stop_token_ids: Sequence[int] | None = None,
-        ignore_eos: bool | None = None,
-        seed: int | None = None,
-        logprobs: int | None = None,
-        use_grammar: bool | None = None,
-        grammar: str | None = None,
-        json_schema: str | Mapping[str, Any] | None = None,
-        regex: str | None = None,
-        truncate: str | None = None,
-    ) -> InferenceResult:
+    @spelled_out
+    def generate(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> InferenceResult:
         """Answer one prompt.
 
         Args:
             prompt: The question; or give `messages`.
-            messages: A conversation, `{"role": ..., "content": ...}` each, the user's last.
-            schema: The schema the question is about, as text.
-            dialect: The query dialect named with the schema; the expert's own if None.
-            system: A system message, put before the schema.
-            temperature, top_p, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty, max_tokens,
-                min_tokens, stop, stop_token_ids, ignore_eos, seed, logprobs: See `pipeline.engine.SamplingParams`;
-                what is None follows the package's manifest.
-            use_grammar: Hold the answer to the package's grammar, or not; None follows the manifest.
-            grammar, json_schema, regex: Hold it to this GBNF grammar, JSON schema (a mapping, or JSON) or regular
-                expression instead.
-            truncate: `"left"` or `"right"`: cut the oldest or the newest tokens of a prompt that is too long, instead
-                of raising.
+            options: See `GenerateOptions`: `schema`, `temperature`, `max_tokens`, `stop`, `seed`, `json_schema`, ...
 
         Raises:
             InvalidRequestError: The prompt or an option is wrong.
             PromptTooLongError: The prompt does not fit the model's context.
             GrammarError: `use_grammar` is asked for and the package has none, or the grammar given is not valid.
         """
-        options: dict[str, Any] = {
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-            "presence_penalty": presence_penalty,
-            "frequency_penalty": frequency_penalty,
-            "max_tokens": max_tokens,
-            "min_tokens": min_tokens,
-            "stop": stop,
-            "stop_token_ids": stop_token_ids,
-            "ignore_eos": ignore_eos,
-            "seed": seed,
-            "logprobs": logprobs,
-            "use_grammar": use_grammar,
-            "grammar": grammar,
-            "json_schema": json_schema,
-            "regex": regex,
-            "truncate": truncate,
-        }
-        item = {"prompt": prompt, "messages": messages, "schema": schema, "dialect": dialect, "system": system}
-        return self.generate_batch([item], raise_on_error=True, **options)[0]
+        return self._answer([read_ask(prompt, options)], raise_on_error=True)[0]
 
+    @spelled_out
     def generate_batch(
-        self,
-        prompts: Sequence[str | Mapping[str, Any]],
-        *,
-        schema: str | None = None,
-        dialect: str | None = None,
-        system: str | None = None,
-        raise_on_error: bool = False,
-        **options: Any,
+        self, prompts: Sequence[Item], *, raise_on_error: bool = False, **options: Unpack[GenerateOptions]
     ) -> list[InferenceResult]:
         """Answer several prompts together, in the order given.
 
         Args:
-            prompts: Questions, or mappings with any of `prompt`, `messages`, `schema`, `dialect`, `system` and the
-                options of `generate`, which override those given here.
-            schema, dialect, system: For every prompt that does not bring its own.
+            prompts: Questions, or mappings with any of `prompt` and the options, which override those given here.
             raise_on_error: Raise the first prompt's error, instead of returning it in that prompt's result.
-            options: The options of `generate`, for all prompts.
+            options: See `GenerateOptions`; for all prompts.
 
         Returns:
             One result a prompt. A prompt that cannot be answered has an `error` and does not hinder the others.
 
         Raises:
             ExpertError: The expert cannot be loaded; or, with `raise_on_error`, a prompt cannot be answered.
+
+        Example:
+            >>> schema = "CREATE TABLE users (id INT, name TEXT);"
+            >>> results = expert.generate_batch(["List the name of all users.", ""], schema=schema)
+            >>> results[0].text, results[1].error.code
+            ('SELECT name FROM users', 'invalid_request')
         """
-        shared = {"schema": schema, "dialect": dialect, "system": system}
-        with self._lock:
-            loaded = self._load()
-            results: dict[str, InferenceResult] = {}
-            requests: list[Request] = []
-            for position, item in enumerate(prompts):
-                try:
-                    requests.append(self._request(loaded, str(position), item, shared, options))
-                except ExpertError as error:
-                    if raise_on_error:
-                        raise
-                    failure = Failure(error.code, error.message)
-                    results[str(position)] = self._result(Completion(str(position), "", "error", 0, 0, failure))
-        for completion in loaded.engine.generate(requests):
-            if completion.failure is not None and raise_on_error:
-                kind = ROW_ERRORS.get(completion.failure.code, InferenceError)
-                raise kind(completion.failure.message, hint="See the message; the other prompts are not affected.")
-            results[completion.request_id] = self._result(completion)
-        return [results[str(position)] for position in range(len(prompts))]
+        return self._answer(_asks(prompts, options), raise_on_error=raise_on_error)
+
+    @spelled_out
+    def generate_stream(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> TextStream:
+        """Answer one prompt, giving its text as it comes.
+
+        Args:
+            prompt, options: As for `generate`; `n` is 1.
+
+        Returns:
+            A generator of pieces of text. Its return value, and its `result` when it has ended, is what `generate`
+            would have returned; `close` cancels the request and leaves a partial result.
+
+        Raises:
+            As `generate`, at once or from the iteration; ConfigError with `engine="padded"`.
+
+        Example:
+            >>> schema = "CREATE TABLE users (id INT, name TEXT);"
+            >>> stream = expert.generate_stream("List the name of all users.", schema=schema)
+            >>> "".join(stream)
+            'SELECT name FROM users'
+            >>> stream.result.finish_reason
+            'stop'
+        """
+        (running,) = self._begin([read_ask(prompt, options)], is_streamed=True, is_strict=True)
+        return TextStream(running)
+
+    @spelled_out
+    async def agenerate(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> InferenceResult:
+        """As `generate`, for asyncio: tasks that wait at the same time are answered together.
+
+        A task that is cancelled cancels its request.
+        """
+        return (await self._aanswer([read_ask(prompt, options)], raise_on_error=True))[0]
+
+    @spelled_out
+    async def agenerate_batch(
+        self, prompts: Sequence[Item], *, raise_on_error: bool = False, **options: Unpack[GenerateOptions]
+    ) -> list[InferenceResult]:
+        """As `generate_batch`, for asyncio."""
+        return await self._aanswer(_asks(prompts, options), raise_on_error=raise_on_error)
+
+    @spelled_out
+    def agenerate_stream(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> AsyncTextStream:
+        """As `generate_stream`, for `async for`; it is asked when its first piece is asked for."""
+        ask = read_ask(prompt, options)
+        return AsyncTextStream(lambda: self._begin([ask], is_streamed=True, is_strict=True))
+
+    def warm_up(self) -> "Expert":
+        """Load the model and answer a word, so that no prompt waits for what is made once.
+
+        Returns:
+            The expert itself.
+
+        Raises:
+            LoadError: The expert cannot be loaded.
+        """
+        self.generate(WARM_UP, max_tokens=2, min_tokens=0)
+        return self
+
+    def stats(self) -> "EngineStats":
+        """What the engine is doing now, and what it has done; it is loaded for that where it is not."""
+        return self._load().engine.stats()
 
     def close(self) -> None:
         """Free the device. Calling it again does nothing; the expert cannot be used afterwards."""
         with self._lock:
             self._is_closed = True
             loaded, self._loaded = self._loaded, None
-            if loaded is not None:
-                loaded.engine.close()
+        if loaded is not None:
+            loaded.engine.close()
 
     def __enter__(self) -> "Expert":
         return self
@@ -276,52 +216,28 @@ class Expert:
         state = "closed" if self._is_closed else "loaded" if self._loaded is not None else "not loaded yet"
         return f"Expert({self.package.label}, base={self._base_path.name}, {state})"
 
+    def _begin(self, asks: Sequence[Ask], *, is_streamed: bool = False, is_strict: bool = False) -> list[Running]:
+        loaded = self._load()
+        answerer = Answerer(self.package, loaded.engine, loaded.requests, self._building)
+        return begin(answerer, asks, is_streamed=is_streamed, is_strict=is_strict)
+
     def _load(self) -> "LoadedExpert":
-        if self._is_closed:
-            raise InferenceError(f"{self.package.label} is closed", hint="Load it again with Expert.load.")
-        if self._loaded is None:
-            from pipeline.engine.runtime import load_expert
+        with self._lock:
+            if self._is_closed:
+                raise InferenceError(f"{self.package.label} is closed", hint="Load it again with Expert.load.")
+            if self._loaded is None:
+                from pipeline.engine.runtime import load_expert
 
-            self._loaded = load_expert(
-                self.package,
-                self._base_path,
-                engine=self._engine,
-                device=self._device,
-                dtype=self._dtype,
-                quantization=self._quantization,
-            )
-        return self._loaded
+                self._loaded = load_expert(
+                    self.package,
+                    self._base_path,
+                    engine=self._engine,
+                    device=self._device,
+                    dtype=self._dtype,
+                    quantization=self._quantization,
+                )
+            return self._loaded
 
-    def _request(
-        self,
-        loaded: "LoadedExpert",
-        request_id: str,
-        item: str | Mapping[str, Any],
-        shared: Mapping[str, Any],
-        options: Mapping[str, Any],
-    ) -> Request:
-        from pipeline.engine.requests import override_options, require_one_answer
 
-        own: Mapping[str, Any] = {"prompt": item} if isinstance(item, str) or item is None else item
-        if not isinstance(own, Mapping):
-            raise InvalidRequestError(
-                f"prompts[{request_id}] is {type(item).__name__}", hint="Give each prompt as a string or a mapping."
-            )
-        own = {name: value for name, value in own.items() if value is not None}
-        fields = {name: value for name, value in {**shared, **own}.items() if name in PROMPT_FIELDS}
-        overrides = {name: value for name, value in own.items() if name not in PROMPT_FIELDS}
-        request = loaded.requests.build(request_id, **fields, options=override_options(options, overrides))
-        require_one_answer(request.params)
-        return request
-
-    def _result(self, completion: Completion) -> InferenceResult:
-        return InferenceResult(
-            text=completion.text,
-            finish_reason=completion.finish_reason,
-            prompt_tokens=completion.prompt_tokens,
-            completion_tokens=completion.completion_tokens,
-            expert=self.package.label,
-            expert_sha256=self.package.digest,
-            error=completion.failure,
-            logprobs=completion.logprobs,
-        )
+def _asks(prompts: Sequence[Item], options: Mapping[str, Any]) -> list[Ask]:
+    return [read_ask(item, options, where=f"prompts[{position}]") for position, item in enumerate(prompts)]

@@ -10,11 +10,13 @@ from typer.testing import CliRunner, Result
 from pipeline import demo
 from pipeline.cli import app
 from pipeline.demo.questions import draw_questions
+from pipeline.package import open_package
 from pipeline.storage.local import LocalStorage
 from tests.batch.outputs import make_output
 
 SQL = str(demo.package("sql"))
 BASE = str(demo.BASE_MODEL)
+COPIED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def expert(*arguments: str, stdin: str | None = None) -> Result:
@@ -43,6 +45,44 @@ def test_inspect_shows_the_card() -> None:
     assert card["digest"].startswith("sha256:")
 
 
+def test_packages_are_packed_signed_verified_and_staged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXPERT_TRUST_DIR", str(tmp_path / "trusted"))
+    root = open_package(SQL).root
+    source = tmp_path / "checkpoint"
+    source.mkdir()
+    for name in (*COPIED, "adapter_config.json", "adapter_model.safetensors"):
+        (source / name).write_bytes((root / name).read_bytes())
+    (source / "optimizer.pt").write_bytes(b"large")
+    archive = str(tmp_path / "mine.expert")
+    made = ["--name", "expert-mine", "--version", "1.2.3", "--base-model", "demo-qwen3-2m"]
+    packed = expert("pack", str(source), "-o", archive, *made)
+    assert (packed.exit_code, packed.stdout) == (0, f"{archive}\n"), packed.output
+    assert "left out: optimizer.pt" in packed.stderr
+    assert expert("verify", archive, "--trust", "signed").exit_code == 1
+    key = tmp_path / "keys" / "alice.key"
+    assert expert("keygen", "alice", "--folder", str(key.parent)).exit_code == 0
+    assert expert("sign", archive, "--key", str(key)).exit_code == 0
+    assert expert("trust", str(key.with_suffix(".pub"))).exit_code == 0
+    verified = expert("verify", archive, "--trust", "trusted", "--json")
+    assert verified.exit_code == 0, verified.output
+    shown = json.loads(verified.stdout)
+    assert shown["not_covered"] == []
+    assert "signed by alice" in shown["checked"]["signature"]
+    assert "mine.expert.sha256" in shown["checked"]["checksums"]
+    assert "whom you trust" in expert("verify", archive).stdout.replace("\n", " ")
+    staged = expert("stage", archive, "--base-model", BASE, "--to", str(tmp_path / "store"))
+    assert staged.exit_code == 0, staged.output
+    package, base = staged.stdout.split()
+    assert "was there" in expert("stage", archive, "--to", str(tmp_path / "store")).stderr
+    answered = expert("generate", package, "List the name of all users.", "--base-model", base, "--device", "cpu")
+    assert answered.exit_code == 0, answered.output
+    cached = json.loads(expert("cache", "ls", "--json").stdout)
+    assert {"packages", "models"} <= {entry["kind"] for entry in cached if entry["whole"]}
+    assert expert("cache", "verify").exit_code == 0
+    assert "freed 0 bytes" in expert("cache", "prune", "--all", "--dry-run").stdout.replace("would free", "freed")
+    assert json.loads(expert("schema").stdout)["title"] == "manifest.json of an expert package"
+
+
 @pytest.mark.parametrize("task", demo.TASKS)
 def test_demo_data_writes_questions(task: demo.Task, tmp_path: Path) -> None:
     parquet, jsonl = tmp_path / "a" / "q.parquet", tmp_path / "q.jsonl"
@@ -63,6 +103,11 @@ def test_demo_data_writes_questions(task: demo.Task, tmp_path: Path) -> None:
         (["generate", SQL, " ", "--base-model", BASE], 2, ["InvalidRequestError", "prompt is empty", "Fix:"]),
         (["generate", SQL, "a", "--schema", "@nowhere.sql"], 2, ["ConfigError", "nowhere.sql", "Fix:"]),
         (["inspect", __file__], 1, ["ArchiveError", "Fix:"]),
+        (["stage", "--to", "store"], 2, ["ConfigError", "nothing is named to stage", "Fix:"]),
+        (["pack", ".", "-o", "x.expert", "--name", "a", "--manifest", "b"], 2, ["ConfigError", "Fix:"]),
+        (["keygen", "../x"], 2, ["ConfigError", "no name for a key", "Fix:"]),
+        (["trust", "nowhere.pub"], 2, ["ConfigError", "nowhere.pub", "Fix:"]),
+        (["cache", "prune", "--max-size", "much"], 2, ["ConfigError", "20GiB", "Fix:"]),
         (["run", "nowhere.yaml"], 2, ["ConfigError", "nowhere.yaml", "Fix:"]),
         (["run", "configs/demo.yaml", "num_wrokers=2"], 2, ["ConfigError", "num_workers", "Fix:"]),
         (["status", "nowhere"], 1, ["OutputError", "not the output of a job", "Fix:"]),
@@ -103,5 +148,6 @@ def test_status_and_verification_of_an_output(tmp_path: Path) -> None:
 
 
 def test_every_command_teaches_by_example() -> None:
-    for command in ("run", "generate", "demo-data", "status", "verify-output"):
+    asking, packages = ("generate", "chat"), ("verify", "pack", "sign", "stage")
+    for command in ("run", *asking, "demo-data", "status", "verify-output", *packages):
         assert "Example: expert" in expert(command, "--help").stdout

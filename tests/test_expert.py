@@ -1,8 +1,11 @@
 """`Expert`: three lines, and what a person tries next."""
 
+import inspect
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -111,9 +114,52 @@ def test_an_answer_brings_its_log_probabilities(expert: Expert) -> None:
     assert all(len(entry.top) == 2 for entry in result.logprobs)
 
 
-def test_several_answers_to_one_prompt_are_refused(expert: Expert) -> None:
-    with pytest.raises(InvalidRequestError, match="n is 2"):
-        expert.generate_batch(["Who?"], n=2, raise_on_error=True)
+def test_several_answers_to_one_prompt(expert: Expert) -> None:
+    question = QUESTIONS[0]
+    options: dict[str, Any] = {"schema": question.schema, "temperature": 5.0, "use_grammar": False, "max_tokens": 8}
+    result = expert.generate(question.prompt, n=3, seed=7, **options)
+    assert len(result.texts) == 3
+    assert len(set(result.texts)) > 1
+    assert result == expert.generate_batch([question.prompt], n=3, seed=7, **options)[0]
+    with pytest.raises(InvalidRequestError, match="n is 3"):
+        expert.generate_stream(question.prompt, n=3)
+
+
+def test_a_result_tells_what_it_took_and_whether_its_grammar_holds(expert: Expert) -> None:
+    question = QUESTIONS[0]
+    whole, cut, free = expert.generate_batch(
+        [question.prompt, {"prompt": question.prompt, "max_tokens": 2}, {"prompt": "Who?", "use_grammar": False}],
+        schema=question.schema,
+    )
+    assert (whole.grammar_valid, cut.grammar_valid, free.grammar_valid) == (True, False, None)
+    assert expert.generate("Who?", regex="[0-9]{1,40}", max_tokens=1).grammar_valid, "cut, and yet a whole one"
+    times = whole.timings
+    assert times.queue is not None
+    assert times.first_token is not None
+    assert times.total is not None
+    assert 0 <= times.queue <= times.first_token <= times.total
+    assert (whole.expert_name, whole.expert_version) == ("expert-sql", "0.1.0")
+    shown = repr(whole)
+    assert shown.startswith(f"InferenceResult({whole.text!r}, expert-sql@0.1.0, stop, ")
+    assert len(repr(replace(whole, text="x" * 5000))) < 400
+    assert json.loads(json.dumps(whole.to_dict()))["timings"]["total"] == times.total
+    (failed,) = expert.generate_batch([""])
+    assert repr(failed) == "InferenceResult(error invalid_request: prompt is empty, expert-sql@0.1.0)"
+
+
+def test_stop_strings_and_a_grammar_of_the_callers(expert: Expert) -> None:
+    question = QUESTIONS[0]
+    whole = expert.generate(question.prompt, schema=question.schema).text
+    word = whole.split()[1]
+    cut = expert.generate(question.prompt, schema=question.schema, stop=f" {word}", use_grammar=False)
+    assert (cut.text, cut.finish_reason) == (whole.partition(f" {word}")[0], "stop")
+    assert expert.generate("Who?", grammar='root ::= "Ada" | "Bo"').text in ("Ada", "Bo")
+
+
+def test_an_option_that_is_none_is_named(expert: Expert) -> None:
+    with pytest.raises(InvalidRequestError, match="unknown option maxtokens"):
+        expert.generate("a", maxtokens=3)  # type: ignore[call-arg]
+    assert {"schema", "seed", "json_schema"} <= set(inspect.signature(expert.generate).parameters)
 
 
 def test_messages_are_a_prompt_too(expert: Expert) -> None:
@@ -134,19 +180,30 @@ def test_sampling_follows_the_seed(expert: Expert) -> None:
     assert len({draw(seed).text for seed in range(5)}) > 1
 
 
-def test_threads_take_turns(expert: Expert) -> None:
-    wanted = [expert.generate(question.prompt, schema=question.schema).text for question in QUESTIONS]
-    found: dict[int, str] = {}
+def test_a_hundred_threads_share_one_running_batch(expert: Expert) -> None:
+    """Proved by the engine's own counts: computed one after the other, each token would be a step."""
+    expert.warm_up()
+    options: dict[str, Any] = {"max_tokens": 32, "ignore_eos": True, "use_grammar": False, "stop": []}
+    prompts = [f"What is {number}?" for number in range(100)]
+    wanted = [result.text for result in expert.generate_batch(prompts, **options)]
+    before = expert.stats()
+    together = threading.Barrier(len(prompts))
+    found: dict[str, str] = {}
 
-    def ask(at: int) -> None:
-        found[at] = expert.generate(QUESTIONS[at].prompt, schema=QUESTIONS[at].schema).text
+    def ask(prompt: str) -> None:
+        together.wait(60)
+        found[prompt] = expert.generate(prompt, **options).text
 
-    threads = [threading.Thread(target=ask, args=(at,)) for at in range(len(QUESTIONS))]
+    threads = [threading.Thread(target=ask, args=(prompt,)) for prompt in prompts]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=60)
-    assert [found[at] for at in range(len(QUESTIONS))] == wanted
+        thread.join(timeout=120)
+    after = expert.stats()
+    assert [found[prompt] for prompt in prompts] == wanted
+    num_tokens = after.num_tokens_generated - before.num_tokens_generated
+    assert num_tokens == 100 * 32
+    assert after.num_steps - before.num_steps < num_tokens / 4
 
 
 def test_nothing_is_loaded_before_it_is_needed_and_nothing_after_close() -> None:

@@ -3,7 +3,7 @@
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
@@ -14,7 +14,7 @@ from pipeline.batch.config import ResolvedColumns
 from pipeline.batch.rows import Row
 from pipeline.batch.shard_stats import ShardStats
 from pipeline.engine.types import Completion, Engine, Failure, Request
-from pipeline.package import local_base_model, open_planned
+from pipeline.package import Routing, local_base_model, open_planned
 
 if TYPE_CHECKING:
     from pipeline.engine.runtime import EngineName
@@ -34,6 +34,7 @@ class JobExpert:
         label: Its name and version, `name@version`.
         options: Sampling options that go before its manifest's; whether a grammar is applied is always among them, so
             that a worker which cannot apply it fails.
+        routing: What its manifest says of the prompts it is for; see `pipeline.routing`.
     """
 
     name: str | None
@@ -41,6 +42,7 @@ class JobExpert:
     sha256: str
     label: str
     options: Mapping[str, Any]
+    routing: Routing = field(default_factory=Routing)
 
 
 @dataclass(frozen=True)

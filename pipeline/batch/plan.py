@@ -201,7 +201,10 @@ def _named(expert: OpenExpert) -> str:
 
 def _job_expert(config: BatchConfig, expert: OpenExpert) -> JobExpert:
     options = sampling_options(config) | _grammar_option(config, expert)
-    return JobExpert(expert.name, expert.location, expert.package.digest, expert.package.label, options)
+    package = expert.package
+    return JobExpert(
+        expert.name, expert.location, package.digest, package.label, options, routing=package.manifest.routing
+    )
 
 
 def _grammar_option(config: BatchConfig, expert: OpenExpert) -> dict[str, bool]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -13,6 +14,7 @@ from pipeline.batch.shard_stats import ShardStats, shard_stats
 from pipeline.batch.template import PromptTemplate
 from pipeline.engine.types import Completion, Failure, Request
 from pipeline.errors import ExpertError, InvalidRequestError, UnknownModelError
+from pipeline.routing import AUTO, Router
 
 FIELDS = ("prompt", "messages", "schema", "system", "dialect")
 
@@ -32,6 +34,7 @@ class RowAnswers:
         self._form = form
         self._template = None if job.prompt_template is None else PromptTemplate.parse(job.prompt_template)
         self._experts = {expert.name: expert for expert in job.experts}
+        self._routings = {expert.name: expert.routing for expert in job.experts if expert.name is not None}
 
     def ask(self, request_id: str, row: Row) -> Asked[AnsweredRow]:
         """What the engine is asked for a row; nothing where its answer could not be written."""
@@ -61,15 +64,43 @@ class RowAnswers:
         return shard_stats(answers, self._form, seconds)
 
     def expert_of(self, row: Row) -> JobExpert | None:
-        """The expert that a row names, or the one of rows that name none; None when there is no such expert."""
+        """The expert that a row names, or the one of rows that name none; None when there is no such expert.
+
+        Of a row that says `auto`, where no expert is called so, the one that its prompt is for.
+        """
         name = self._name(row)
+        if name == AUTO and AUTO not in self._experts:
+            try:
+                name = self._route(row)
+            except ExpertError:
+                return None
         return self._experts.get(name) if name is None or isinstance(name, str) else None
+
+    @cached_property
+    def _router(self) -> Router:
+        return Router(self._routings)
+
+    def _route(self, row: Row) -> str:
+        """The name of the expert that a row's prompt is for."""
+        fields = self._fields(row)
+        return self._router.route(fields.get("prompt") if fields.get("messages") is None else fields["messages"]).expert
 
     def _request(self, request_id: str, row: Row) -> Request:
         columns = self._job.columns
         expert = self.expert_of(row)
+        if expert is None and self._name(row) == AUTO:
+            self._route(row)
         if expert is None:
             raise _unknown_expert(self._name(row), [name for name in self._experts if name is not None])
+        fields = self._fields(row)
+        identity = row.values.get(columns.id) if columns.id is not None else None
+        seed = row_seed(self._job.seed, row.identity if identity is None else f"id:{identity}")
+        own = {option: row.values.get(column) for option, column in columns.sampling.items()}
+        options = {"seed": seed, **{option: value for option, value in own.items() if value is not None}}
+        return self._builders[expert.name].build(request_id, **fields, options=options)
+
+    def _fields(self, row: Row) -> dict[str, Any]:
+        columns = self._job.columns
         fields: dict[str, Any] = {
             name: row.values.get(column) for name in FIELDS if (column := getattr(columns, name)) is not None
         }
@@ -78,11 +109,7 @@ class RowAnswers:
         messages = fields.get("messages")
         if isinstance(messages, str):
             fields["messages"] = _messages_from_json(messages)
-        identity = row.values.get(columns.id) if columns.id is not None else None
-        seed = row_seed(self._job.seed, row.identity if identity is None else f"id:{identity}")
-        own = {option: row.values.get(column) for option, column in columns.sampling.items()}
-        options = {"seed": seed, **{option: value for option, value in own.items() if value is not None}}
-        return self._builders[expert.name].build(request_id, **fields, options=options)
+        return fields
 
     def _name(self, row: Row) -> Any:
         column = self._job.columns.expert

@@ -3,6 +3,7 @@
 import asyncio
 import queue
 import threading
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -31,13 +32,15 @@ class Handle:
 
     `for piece in handle` and `async for piece in handle` give the text as it comes (submit it with `stream=True`);
     `handle.result()` and `await handle` give the completions, one for each of its `n` answers. `begun_at` is when the
-    engine began to compute it and `first_at` when its first token was there, by `time.monotonic()`.
+    engine began to compute it, `first_at` when its first token was there and `ended_at` when it was finished, by
+    `time.monotonic()`.
     """
 
     def __init__(self, request: Request, cancel: Callable[["Handle"], None]) -> None:
         self.request = request
         self.begun_at: float | None = None
         self.first_at: float | None = None
+        self.ended_at: float | None = None
         self._cancel = cancel
         self._future: Future[tuple[Completion, ...]] = Future()
         self._future.set_running_or_notify_cancel()  # who gives up waiting for it does not cancel it
@@ -145,6 +148,7 @@ class Handle:
         """Take one of the answers; the last makes the request done."""
         self._completions[completion.index] = completion
         if len(self._completions) == self.request.params.n and not self.is_done:
+            self.ended_at = time.monotonic()
             self._future.set_result(tuple(self._completions[at] for at in sorted(self._completions)))
             self.tell(None)
 

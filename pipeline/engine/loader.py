@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from pipeline.errors import AdapterError, BaseModelError, ConfigError, TokenizerError
+from pipeline.errors import AdapterError, BaseModelError, ConfigError, OutOfMemoryError, TokenizerError
 from pipeline.package import ExpertPackage
 
 logger = logging.getLogger(__name__)
@@ -96,6 +96,39 @@ def useful_threads(base_path: Path, most: int) -> int:
     return max(1, min(most, num_bytes // BYTES_PER_THREAD))
 
 
+def placement(path: Path, *, device: str | None = None, dtype: str | None = None) -> tuple[str, str]:
+    """The device and the dtype that `load_base_model` would choose, by name.
+
+    Raises:
+        As `load_base_model`, where the configuration says it.
+    """
+    chosen = choose_device(device)
+    precision = choose_dtype(chosen, dtype, _stored_dtype(_read_config(path)))
+    index = "" if chosen.type != "cuda" else f":{chosen.index or 0}"
+    return f"{chosen.type}{index}", str(precision).removeprefix("torch.")
+
+
+def _read_config(path: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise _not_loadable(path, error) from error
+
+
+def _stored_dtype(config: Any) -> torch.dtype:
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+
+
+def _not_loadable(path: Path, error: Exception) -> BaseModelError:
+    return BaseModelError(
+        f"the base model in {path} cannot be loaded",
+        details=(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",),
+        hint="Use a directory that AutoModelForCausalLM loads: config.json and safetensors, no custom code.",
+    )
+
+
 def load_base_model(path: Path, *, device: str | None = None, dtype: str | None = None) -> BaseModel:
     """Load a base model from its directory. No code from it is run, and no pickle is opened.
 
@@ -103,13 +136,12 @@ def load_base_model(path: Path, *, device: str | None = None, dtype: str | None 
         BaseModelError: The directory does not hold a causal language model that transformers can load.
         ConfigError: The device or dtype is unknown or not there.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     chosen = choose_device(device)
+    config = _read_config(path)
+    precision = choose_dtype(chosen, dtype, _stored_dtype(config))
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-        stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-        precision = choose_dtype(chosen, dtype, stored)
         with _quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
@@ -120,12 +152,14 @@ def load_base_model(path: Path, *, device: str | None = None, dtype: str | None 
                 local_files_only=True,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise BaseModelError(
-            f"the base model in {path} cannot be loaded",
-            details=(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",),
-            hint="Use a directory that AutoModelForCausalLM loads: config.json and safetensors, no custom code.",
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(
+            f"the base model in {path} does not fit the memory of {chosen}",
+            details=(str(error).splitlines()[0],),
+            hint="Use a device with more memory, dtype bfloat16, or quantization int8 or int4.",
         ) from error
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise _not_loadable(path, error) from error
     model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:

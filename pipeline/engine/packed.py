@@ -104,6 +104,19 @@ class PackedEngine:
         """
         return self._submit([request], is_streamed=stream)[0]
 
+    def submit_all(self, requests: Iterable[Request]) -> list[Handle]:
+        """Have requests answered together; the handle of each, in order.
+
+        Greedy requests that are the same are computed once, and share a handle.
+
+        Raises:
+            InferenceError: The engine is closed or has died.
+        """
+        computed = [_what_is_computed(request) for request in requests]
+        distinct = dict.fromkeys(computed)
+        handles = dict(zip(distinct, self._submit(list(distinct), is_streamed=False), strict=True))
+        return [handles[request] for request in computed]
+
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Answer every request, yielding completions as they finish; see `pipeline.engine.Engine`.
 

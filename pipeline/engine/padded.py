@@ -16,6 +16,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 from pipeline.engine.choose import choose_tokens_
 from pipeline.engine.grammar_compiler import GrammarCompiler
+from pipeline.engine.handle import Handle
 from pipeline.engine.loader import BaseModel, free_memory
 from pipeline.engine.sequence import Sequence, failed, start
 from pipeline.engine.stats import EngineStats
@@ -63,6 +64,17 @@ class PaddedEngine:
                 answers = list(self._answer(batch))
                 self._stats = replace(self._stats, num_running=0)
             yield from answers
+
+    def submit_all(self, requests: Iterable[Request]) -> list[Handle]:
+        """Answer requests together, and give the finished handle of each, in order; none can be cancelled.
+
+        Args:
+            requests: No two have the same id.
+        """
+        handles = {request.id: Handle(request, lambda _: None) for request in requests}
+        for completion in self.generate([handle.request for handle in handles.values()]):
+            handles[completion.request_id].finish(completion)
+        return list(handles.values())
 
     def stats(self) -> EngineStats:
         """What the engine is doing now: the rows of its batch, and the steps and tokens since the beginning."""

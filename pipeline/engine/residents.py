@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from pipeline.engine.adapters import AdapterBank
+from pipeline.engine.adapters import AdapterBank, AdapterInfo
 from pipeline.engine.loader import load_tokenizer
 from pipeline.engine.packed import PackedEngine
 from pipeline.engine.requests import RequestBuilder
@@ -57,6 +57,23 @@ class ResidentExperts:
         self._loading = threading.Lock()
         self._builders: dict[str, RequestBuilder] = {}
         self._tokenizers: dict[tuple[str, ...], Any] = {(): engine.tokenizer}
+
+    def add(self, name: str, package: ExpertPackage) -> None:
+        """Let requests name one more expert; it is loaded when it is first needed."""
+        self.packages[name] = package
+        self.loads.setdefault(name, 0)
+
+    def remove(self, name: str) -> None:
+        """Take an expert off the device, and forget it.
+
+        Raises:
+            AdapterError: It is in use; nothing has changed.
+        """
+        with self._loading:
+            if name in self._bank:
+                self._bank.unload(name)
+            self._builders.pop(name, None)
+            self.packages.pop(name, None)
 
     def load(self, name: str, *, pin: bool = False) -> RequestBuilder:
         """Make an expert ready to answer, and the builder of its requests.
@@ -125,6 +142,13 @@ class ResidentExperts:
             yield builder
         finally:
             self.release(name)
+
+    def info(self, name: str) -> AdapterInfo | None:
+        """What is known of an expert on the device; None where it is not there."""
+        try:
+            return self._bank.info(name)
+        except AdapterError:
+            return None
 
     def resident(self) -> tuple[str, ...]:
         """The experts on the device."""

@@ -13,7 +13,6 @@ from pipeline.engine.quantization import check_quantization, quantize
 from pipeline.engine.requests import RequestBuilder, request_defaults
 from pipeline.engine.residents import ResidentExperts
 from pipeline.engine.soft_prompts import load_soft_prompts
-from pipeline.engine.types import Engine
 from pipeline.errors import AdapterError, ConfigError, TokenizerError
 from pipeline.package import ExpertPackage
 
@@ -26,7 +25,7 @@ STEP_TOKENS = 1024  # of the packed engine, at most, unless told otherwise
 class LoadedExpert:
     """One expert on one device."""
 
-    engine: Engine
+    engine: PackedEngine | PaddedEngine
     requests: RequestBuilder
     device: str
     dtype: str

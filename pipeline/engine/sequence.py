@@ -125,16 +125,26 @@ class Sequence:
             raise RuntimeError(f"request {self.request.id} is not finished")
         if self.failure is not None:
             return failed(self.request, self.failure, self.index)
+        text = self._stopping.text(self.token_ids)
         return Completion(
             request_id=self.request.id,
-            text=self._stopping.text(self.token_ids),
+            text=text,
             finish_reason=self.finish_reason,
             prompt_tokens=len(self.request.prompt_token_ids),
             completion_tokens=self.num_generated,
             index=self.index,
             token_ids=tuple(self.token_ids),
             logprobs=None if self.request.params.logprobs is None else tuple(self.logprobs),
+            grammar_valid=self._is_grammatical(text),
         )
+
+    def _is_grammatical(self, text: str) -> bool | None:
+        if self.matcher is None or self.finish_reason == "stop":  # what stops of itself has been seen to
+            return None if self.matcher is None else True
+        try:
+            return self.matcher.accepts(text)
+        except GrammarError:
+            return False  # to follow it took too long: it is not known to be one
 
 
 def start(request: Request, rules: StopRules) -> list[Sequence]:

@@ -151,6 +151,8 @@ class Completion:
     `completion_tokens` counts every generated token, the end-of-sequence or stop tokens included. With finish reason
     `error`, `text` is empty and `failure` says why; with `cancelled`, `text` is what there was. `index` tells the
     answers of a request with `n` above 1 apart. `logprobs` has an entry for each generated token, if asked for.
+    `grammar_valid` says whether `text` is a whole one of the request's grammar, which one that was cut may not be; None
+    without a grammar.
     """
 
     request_id: str
@@ -162,6 +164,7 @@ class Completion:
     index: int = 0
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] | None = None
+    grammar_valid: bool | None = None
 
 
 class Engine(Protocol):

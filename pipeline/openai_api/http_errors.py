@@ -16,6 +16,7 @@ _STATUSES: Mapping[type[errors.ExpertError], int] = {
     errors.InvalidRequestError: 400,
     errors.PromptTooLongError: 400,
     errors.GrammarError: 400,
+    errors.RoutingError: 400,
     errors.OutOfMemoryError: 503,
     errors.DeadlineError: 504,
     errors.AuthenticationError: 401,

@@ -24,6 +24,7 @@ def model_card(name: str, package: ExpertPackage) -> ModelCard:
         description=package.manifest.description or None,
         takes_schema=any(name.startswith("database:") or name == "task:extraction" for name in capabilities),
         dialects=tuple(dict.fromkeys(DIALECTS[capability] for capability in capabilities if capability in DIALECTS)),
+        routing=package.manifest.routing,
     )
 
 

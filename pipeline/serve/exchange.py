@@ -7,6 +7,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 from starlette.types import Message, Receive, Scope, Send
@@ -23,6 +24,7 @@ from pipeline.errors import (
 from pipeline.openai_api.http_errors import HttpError, coded_error, http_error
 from pipeline.openai_api.protocol import Call, Kind, read_call, unknown_model
 from pipeline.openai_api.responses import ID_PREFIXES, Answers, error_event
+from pipeline.routing import AUTO, Router
 from pipeline.serve.bodies import ClientGoneError, drop_rest, read_body
 from pipeline.serve.guard import CLIENT, REQUEST_ID, send_error, send_json
 from pipeline.serve.in_flight import InFlight
@@ -72,6 +74,23 @@ class Service:
     in_flight: InFlight
     metrics: RequestMetrics | None = None
     log_prompts: bool = False
+
+    @cached_property
+    def router(self) -> Router:
+        """Chooses the expert for a prompt, by the manifests."""
+        return Router({name: card.routing for name, card in self.models.items()})
+
+    def asked(self, call: Call) -> ModelCard:
+        """The expert that a call asks for: the one of that name, or the one that its prompt is for where it says auto.
+
+        Raises:
+            UnknownModelError: There is none of that name.
+            RoutingError: The prompt is for none.
+        """
+        name = call.model
+        if name == AUTO and AUTO not in self.models:
+            name = self.router.route(call.fields.get("prompt", call.fields.get("messages"))).expert
+        return self.card(name)
 
     def card(self, name: str) -> ModelCard:
         """The expert of a name.
@@ -145,7 +164,7 @@ class _Exchange:
             with self._service.in_flight.entered(self._scope[CLIENT]):
                 body = await read_body(self._scope, self._receive, limits)
                 call = read_call(self._kind, body, limits)
-                card = self._service.card(call.model)
+                card = self._service.asked(call)
                 self._expert = card.name
                 self._log_text("asks", body)
                 await self._while_there(self._ask(call, card))

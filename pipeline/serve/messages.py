@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from pipeline.openai_api.events import Delta, Ended, TokenText
+from pipeline.package import Routing
 
 __all__ = ["Ask", "Backend", "Delta", "Ended", "Event", "ModelCard", "Refused", "Started", "TokenText"]
 
@@ -62,6 +63,7 @@ class ModelCard:
         description: From the manifest, if it says anything.
         takes_schema: Whether the expert was made to be given a schema.
         dialects: The dialects that a request may choose from; the first is its own.
+        routing: What its manifest says of the prompts it is for.
     """
 
     name: str
@@ -72,6 +74,7 @@ class ModelCard:
     description: str | None = None
     takes_schema: bool = False
     dialects: tuple[str, ...] = ()
+    routing: Routing = field(default_factory=Routing)
 
 
 class Backend(Protocol):

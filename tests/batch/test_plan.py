@@ -7,7 +7,8 @@ import pytest
 
 from pipeline.batch.config import BatchConfig
 from pipeline.batch.plan import open_experts
-from pipeline.errors import BaseModelError
+from pipeline.errors import BaseModelError, ConfigError, TrustError
+from pipeline.package import PackageStore, local_base_model
 from tests.package.expert_fixtures import expert_files, manifest, write_files
 
 
@@ -50,3 +51,31 @@ def test_one_directory_under_two_names_is_one_base_model(tmp_path: Path) -> None
     opened = open_experts(config(tmp_path, A=tmp_path / "a", B=tmp_path / "link"))
     assert [expert.name for expert in opened.experts] == ["one", "two"]
     assert opened.default is None
+
+
+def test_what_is_staged_reaches_workers_by_its_url(tmp_path: Path) -> None:
+    store = PackageStore(tmp_path / "store")
+    staged = store.stage(package(tmp_path, "expert-one", "Base-A"))
+    base = store.stage_base_model(base_model(tmp_path, "a"))
+    opened = open_experts(
+        BatchConfig.from_options(dataset="rows.parquet", expert=staged.url, base_model=base.url, output="out")
+    )
+    assert (opened.experts[0].location, opened.experts[0].package.digest) == (staged.url, staged.digest)
+    assert opened.base_place == base.url
+    node = tmp_path / "node"
+    assert local_base_model(opened.base_place, str(node)).is_relative_to(node)
+
+
+def test_trust_is_asked_of_every_package(tmp_path: Path) -> None:
+    asked = config(tmp_path, A=base_model(tmp_path, "a"), B=tmp_path / "a").model_copy(update={"trust": "signed"})
+    with pytest.raises(TrustError, match=r"expert-one@0\.1\.0 is not signed; trust is 'signed'"):
+        open_experts(asked)
+
+
+def test_experts_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
+    asked = config(tmp_path, A=base_model(tmp_path, "a"), B=tmp_path / "a")
+    one = tmp_path / "expert-one" / "manifest.json"
+    changed = json.loads(one.read_bytes()) | {"constraints": {"incompatible_with": ["expert-two"]}}
+    one.write_text(json.dumps(changed))
+    with pytest.raises(ConfigError, match="do not go together"):
+        open_experts(asked)

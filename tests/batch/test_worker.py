@@ -24,6 +24,7 @@ from pipeline.batch.rows import Row
 from pipeline.batch.shards import ShardPlan
 from pipeline.batch.source import plan_shards
 from pipeline.batch.worker import ShardWorker, WorkerJob
+from pipeline.package import Routing
 from pipeline.storage.local import LocalStorage
 from tests.batch.scripted import (
     HANG,
@@ -40,7 +41,8 @@ MOST_LIVES = 10
 
 
 def expert(name: str | None) -> JobExpert:
-    return JobExpert(name, f"{name}.expert", f"sha-{name}", f"expert-{name}@1", {})
+    routing = Routing(keywords=() if name is None else (name,))
+    return JobExpert(name, f"{name}.expert", f"sha-{name}", f"expert-{name}@1", {}, routing)
 
 
 @dataclass(frozen=True)
@@ -232,6 +234,14 @@ def test_rows_that_name_none_are_answered_by_the_one_without_a_name(tmp_path: Pa
     rows, _ = answer({"prompt": ["a", "b", "c"], "expert": [None, "sql", "x"]}, (None, "sql"), tmp_path)
     assert [row["our_text"] for row in rows] == [":A", "sql:B", None]
     assert [row["our_expert"] for row in rows] == ["expert-None@1", "expert-sql@1", None]
+
+
+def test_auto_asks_the_expert_that_the_prompt_is_for(tmp_path: Path) -> None:
+    columns: dict[str, Sequence[Any]] = {"prompt": ["a cypher", "sql b", "c"], "expert": ["auto"] * 3}
+    rows, _ = answer(columns, ("sql", "cypher"), tmp_path)
+    assert [row["our_text"] for row in rows] == ["cypher:A CYPHER", "sql:SQL B", None]
+    assert [row["our_expert"] for row in rows] == ["expert-cypher@1", "expert-sql@1", None]
+    assert rows[2]["our_error"]["code"] == "no_expert_fits"
 
 
 def test_there_is_progress_only_while_rows_are_answered(tmp_path: Path) -> None:

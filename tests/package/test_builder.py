@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import io
 import json
 import os
 import tarfile
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import AdapterError, ConfigError, ManifestError
 from pipeline.package import open_package, pack
+from pipeline.package.builder import pack_files
 from tests.package.expert_fixtures import expert_files, manifest, weights, write_files
 
 PARTS = st.text(st.sampled_from("abcXYZ0-_. éß漢"), min_size=1, max_size=8).filter(lambda part: part.strip(".") == part)
@@ -79,6 +81,65 @@ def test_the_bytes_depend_on_the_content_alone(tmp_path: Path) -> None:
             path.chmod(0o755 if number else 0o700)
         archives.append(pack(root, tmp_path / f"out{number}.expert").read_bytes())
     assert archives[0] == archives[1]
+
+
+def test_soft_prompts_of_pytorch_become_safetensors(expert_dir: Callable[..., Path], out: Path) -> None:
+    torch = pytest.importorskip("torch")
+    prompt = torch.arange(8, dtype=torch.bfloat16).reshape(2, 4)
+    data = io.BytesIO()
+    torch.save({"prompt": prompt, "note": 1}, data)
+    named = manifest(soft_prompts=[{"name": "style", "path": "soft/style.pt", "tokens": 2}])
+    package = open_package(pack(expert_dir(**{"soft/style.pt": data.getvalue()}), out, manifest=named))
+    assert [prompt.path for prompt in package.manifest.soft_prompts] == ["soft/style.safetensors"]
+    assert not (package.root / "soft" / "style.pt").exists()
+    from safetensors.torch import load_file
+
+    assert torch.equal(load_file(package.root / "soft" / "style.safetensors")["prompt"], prompt)
+
+
+class Trap:
+    """What a pickle would run."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch /tmp/trapped",)
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ({"a": 1}, "it holds 0 tensors"),
+        (Trap(), "it names posix.system"),
+        ("sparse", "it names torch._utils._rebuild_sparse_tensor"),
+        ("flat", "its tensor has shape [8]"),
+        ("transposed", "its tensor has shape [2, 4] and strides [1, 2]"),
+        ("infinite", "not finite"),
+        ("long", "the manifest says 2 tokens"),
+    ],
+)
+def test_other_pickles_are_refused(value: Any, says: str, expert_dir: Callable[..., Path], out: Path) -> None:
+    torch = pytest.importorskip("torch")
+    tensors = {
+        "sparse": torch.eye(2).to_sparse(),
+        "flat": torch.zeros(8),
+        "transposed": torch.zeros(4, 2).t(),
+        "infinite": torch.full((2, 4), torch.inf),
+        "long": torch.zeros(3, 4),
+    }
+    data = io.BytesIO()
+    torch.save(tensors.get(value, value) if isinstance(value, str) else value, data)
+    named = manifest(soft_prompts=[{"name": "style", "path": "style.pt", "tokens": 2}])
+    root = expert_dir(**{"style.pt": data.getvalue(), "manifest.json": json.dumps(named).encode()})
+    with pytest.raises(AdapterError) as caught:
+        open_package(root)
+    assert says in str(caught.value)
+    assert list(out.iterdir()) == []
+
+
+def test_what_a_trainer_keeps_to_continue_is_left_out(expert_dir: Callable[..., Path], out: Path) -> None:
+    root = expert_dir(**{"optimizer.pt": b"large", "rng_state_0.pth": b"x", "trainer_state.json": b"{}"})
+    packed = pack_files(root, out)
+    assert packed.left_out == ("optimizer.pt", "rng_state_0.pth", "trainer_state.json")
+    assert not {"optimizer.pt", "trainer_state.json"} & {file.path for file in open_package(packed.path).files}
 
 
 def test_nothing_of_the_machine_is_in_the_archive(expert_dir: Callable[..., Path], tmp_path: Path) -> None:

@@ -10,10 +10,19 @@ from contextlib import contextmanager
 import uvicorn
 from starlette.types import ASGIApp
 
+from pipeline.package import Routing
 from pipeline.serve.messages import Ask, Delta, Ended, Event, ModelCard, Started
 
 CARDS = tuple(
-    ModelCard(name=name, base="tiny", version="1.2.0", digest=digit * 64, kind="lora", takes_schema=name == "sql")
+    ModelCard(
+        name=name,
+        base="tiny",
+        version="1.2.0",
+        digest=digit * 64,
+        kind="lora",
+        takes_schema=name == "sql",
+        routing=Routing(keywords=(name,)),
+    )
     for name, digit in (("sql", "a"), ("cypher", "b"))
 )
 WORDS = ("SELECT", " *", " FROM", " users")

@@ -117,6 +117,16 @@ def test_a_chat_is_answered_in_openais_shape(gateway: Gateway) -> None:
     assert ask.deadline == pytest.approx(LimitsConfig().max_seconds, abs=5)
 
 
+def test_auto_asks_the_model_that_the_prompt_is_for(gateway: Gateway) -> None:
+    chat = gateway.chat(model="auto", messages=[{"role": "user", "content": "Write SQL for users."}])
+    assert chat.json()["model"] == "sql"
+    assert gateway.text(model="auto", prompt="Users, in Cypher!").json()["model"] == "cypher"
+    assert [ask.expert for ask in gateway.backend.asks] == ["sql", "cypher"]
+    nobody = gateway.text(model="auto", prompt="Hm.")
+    assert nobody.status_code == 400
+    assert error_of(nobody)["code"] == "no_expert_fits"
+
+
 def test_a_prompt_is_completed_in_openais_shape(gateway: Gateway) -> None:
     body = gateway.text().json()
     assert re.fullmatch(r"cmpl-[0-9a-f]{32}", body.pop("id"))

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import demo
-from pipeline.errors import BaseModelError, ConfigError, IntegrityError, PackageNotFoundError
+from pipeline.errors import BaseModelError, ConfigError, IntegrityError, PackageNotFoundError, TrustError
+from pipeline.package import PackageStore
 from pipeline.serve.app import merge_bases, plan_service
 from pipeline.serve.config import ServeConfig
 from pipeline.serve.replica import StagedExpert, open_staged
@@ -28,6 +29,21 @@ def test_experts_over_one_base_share_their_replicas() -> None:
     assert cards["expert-sql"].kind == "dora"
     assert cards["expert-sql"].takes_schema
     assert [cards[expert.name].digest for expert in group.job.experts] == [e.sha256 for e in group.job.experts]
+
+
+def test_what_is_staged_reaches_replicas_by_its_url(tmp_path: Path) -> None:
+    store = PackageStore(tmp_path / "store")
+    staged, base = store.stage(demo.package("sql")), store.stage_base_model(demo.BASE_MODEL)
+    (group,) = plan_service(config(staged.url, base_model=base.url)).groups
+    assert group.job.experts[0].package == staged.url
+    assert group.job.base_place == base.url
+    assert group.name == f"ExpertReplica-{base.digest[:40]}"
+    assert open_staged(group.job.experts[0], str(tmp_path / "node")).digest == staged.digest
+
+
+def test_trust_is_asked_of_every_package() -> None:
+    with pytest.raises(TrustError, match="trust is 'signed'"):
+        plan_service(config(demo.package("sql"), base_model=demo.BASE_MODEL, trust="signed"))
 
 
 def test_each_base_has_replicas_of_its_own(tmp_path: Path) -> None:
