@@ -17,10 +17,7 @@ MAX_PROBLEMS = 8
 _PREFIX = "base_model.model."
 _IN_A_LAYER = re.compile(r"\.\d+\.")
 _FLOATS = {"F16", "BF16", "F32", "F64"}
-_LORA = re.compile(
-    r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|lora_E)"
-    r"(?P<bias>\.bias)?(?:\.weight)?"
-)
+_PARTS = frozenset({"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"})
 _OTHERS = {
     "IA3": re.compile(r".+\.ia3_l(\.weight)?"),
     "LOKR": re.compile(r".+\.lokr_(w1|w2|w1_a|w1_b|w2_a|w2_b|t2)(\.weight)?"),
@@ -47,8 +44,8 @@ def check_adapter_weights(tensors: Sequence[TensorInfo], config: AdapterConfig, 
         found = [tensor.name for tensor in tensors if known.fullmatch(tensor.name)]
         left = [tensor.name for tensor in tensors if not known.fullmatch(tensor.name)]
     else:
-        parts = lora_parts(tensors)
-        found, left = [*parts], [tensor.name for tensor in tensors if _LORA.fullmatch(tensor.name) is None]
+        parts, left = lora_parts(tensors)
+        found = [*parts]
         problems += _lora_problems(parts, config)
     if not found:
         problems.append(f"it holds no tensor of a {config.kind} adapter")
@@ -62,14 +59,24 @@ def check_adapter_weights(tensors: Sequence[TensorInfo], config: AdapterConfig, 
         )
 
 
-def lora_parts(tensors: Sequence[TensorInfo]) -> dict[str, Shapes]:
-    """The shapes of a LoRA adapter's tensors, by module and part: `q_proj -> {lora_A: (r, in), ...}`."""
+def lora_parts(tensors: Sequence[TensorInfo]) -> tuple[dict[str, Shapes], list[str]]:
+    """The shapes of a LoRA adapter's tensors, by module and part, and the names of those that are none of it.
+
+    Returns:
+        `{"...q_proj": {"lora_A": (r, in), "lora_B": (out, r)}}`; a bias is a part `lora_B.bias`.
+    """
     found: dict[str, Shapes] = defaultdict(dict)
+    others = []
     for tensor in tensors:
-        match = _LORA.fullmatch(tensor.name)
-        if match is not None:
-            found[match["module"]][match["part"] + (match["bias"] or "")] = tensor.shape
-    return dict(found)
+        name, suffix = tensor.name.removesuffix(".weight"), ""
+        if name.endswith(".bias"):
+            name, suffix = name.removesuffix(".bias"), ".bias"
+        module, _, part = name.rpartition(".")
+        if module and part in _PARTS:
+            found[module][part + suffix] = tensor.shape
+        else:
+            others.append(tensor.name)
+    return dict(found), others
 
 
 def _lora_problems(parts: dict[str, Shapes], config: AdapterConfig) -> list[str]:
@@ -115,7 +122,7 @@ def check_fits_base(weights: Path, config: AdapterConfig, base_path: Path, *, la
         return
     known = _base_shapes(base_path)
     problems, missing, matched = [], [], 0
-    for name, shapes in lora_parts(read_safetensors_header(weights, source=label)).items():
+    for name, shapes in lora_parts(read_safetensors_header(weights, source=label))[0].items():
         module = name.removeprefix(_PREFIX)
         shape = known.get(f"{module}.weight", known.get(f"{module.removeprefix('model.')}.weight"))
         if shape is None:

@@ -42,11 +42,15 @@ KINDS: tuple[Kind, ...] = ("packages", "models")
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """An unpacked package or base model: where its files are, what they are, and the digest over them."""
+    """An unpacked package or base model: where its files are, what they are, and the digest over them.
+
+    `is_checked`: it is kept in the cache, so that its tensors have been looked at.
+    """
 
     root: Path
     files: tuple[FileRecord, ...]
     digest: str
+    is_checked: bool = False
 
 
 Check = Callable[[CacheEntry], object]
@@ -164,7 +168,7 @@ def index_of(place: Path) -> CacheEntry | None:
     root = place / FILES_NAME
     if content_digest(files) != index.get("digest") or {file.path: file.size for file in files} != _sizes(root):
         return None
-    return CacheEntry(root, files, index["digest"])
+    return CacheEntry(root, files, index["digest"], is_checked=True)
 
 
 def _checked_sha256(file: BufferedReader, source: str) -> str:

@@ -111,9 +111,10 @@ def read_package(entry: CacheEntry, source: str, base_index: int = 0) -> ExpertP
         what = f"{record.path} in {name}"
         check_sha256(what, expected=spec.sha256, actual=record.sha256, stated_by="the manifest")
     config, config_warnings = read_adapter_config(found.config.read_bytes(), source=name)
-    tensors = read_safetensors_header(found.weights, source=name)
-    check_adapter_weights(tensors, config, source=f"{record.path} in {name}")
-    check_tokenizer_config(entry.root, records, source=name)
+    if base_index or not entry.is_checked:
+        tensors = read_safetensors_header(found.weights, source=name)
+        check_adapter_weights(tensors, config, source=f"{record.path} in {name}")
+        check_tokenizer_config(entry.root, records, source=name)
     _check_soft_prompts(file, records, name)
     grammar = _grammar(entry, file, records, name)
     signature = read_signature(entry.root, entry.files, manifest, source=name)
