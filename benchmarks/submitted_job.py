@@ -87,7 +87,7 @@ def _storage_options(port: int) -> dict[str, Any]:
 def _write_dataset(options: Mapping[str, Any], rows: int) -> list[str]:
     """Questions for the demo's experts, in turn; `task` names the expert. Returns the tasks, row by row."""
     filesystem = fsspec.filesystem("s3", **options)
-    filesystem.mkdir("bucket")
+    filesystem.call_s3("create_bucket", Bucket="bucket")
     drawn = {task: list(draw_questions(task, rows, seed=3)) for task in demo.TASKS}
     table = pa.Table.from_pylist(
         [
@@ -151,7 +151,7 @@ def _find(victim: str) -> int:
         command = process.cmdline()
         is_submission = any(part == "submit" for part in command)
         if any(victim in part for part in command) and not is_submission and "/bin/sh" not in command[0]:
-            return process.pid
+            return int(process.pid)
     raise RuntimeError(f"no process of {victim} is running")
 
 
