@@ -33,6 +33,7 @@ from pipeline.batch.verify import verify
 from pipeline.demo.questions import draw_questions
 
 SHARD_ROWS = 16
+TRIES = 20
 PATIENCE = 900.0  # seconds for a step on a machine that does much else
 _MOTO = """
 import logging, sys
@@ -58,7 +59,12 @@ def main(
             tasks = _write_dataset(options, rows)
             cluster = Cluster(
                 initialize_head=True,
-                head_node_args={"num_cpus": 1, "include_dashboard": True, "dashboard_port": _free_port()},
+                head_node_args={
+                    "num_cpus": 1,
+                    "include_dashboard": True,
+                    "dashboard_port": _free_port(),
+                    "dashboard_agent_listen_port": _free_port(),  # it is what starts jobs
+                },
             )
             cluster.add_node(num_cpus=1)
             submit = _submission(Path(name), cluster, options)
@@ -136,10 +142,15 @@ def _run_and_kill(submit: list[str], storage: Storage, parts: int, victim: str, 
         victim: What stands in the command line of the process.
         waits: Whether the job is to succeed all the same; else it is to fail.
     """
-    job = subprocess.Popen(submit, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # noqa: S603
-    _wait_until(lambda: _num_parts(storage) >= parts or job.poll() is not None)
-    if job.poll() is not None:
-        raise RuntimeError(f"the job ended too early: {job.stdout.read() if job.stdout is not None else ''}")
+    for _ in range(TRIES):  # the dashboard is up a little before the agent that starts jobs
+        job = subprocess.Popen(submit, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # noqa: S603
+        _wait_until(lambda: _num_parts(storage) >= parts or job.poll() is not None)  # noqa: B023 - called at once
+        if job.poll() is None:
+            break
+        output = job.communicate()[0]
+        if "No available agent" not in output:
+            raise RuntimeError(f"the job ended too early: {output}")
+        time.sleep(3)
     os.kill(_find(victim), signal.SIGKILL)
     output = job.communicate(timeout=PATIENCE)[0]
     if (job.returncode == 0) != waits:
