@@ -47,7 +47,7 @@ class Soak:
 
     def __init__(self, chooser: random.Random, folder: Path) -> None:
         self.killed = Counter[str]()
-        self.num_jobs = self.num_runs = 0
+        self.num_jobs = self.num_runs = self.num_left_behind = 0
         self._chooser = chooser
         self._folder = folder
         self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
@@ -121,8 +121,12 @@ class Soak:
         rows = [row for part in sorted(output.glob("part-*")) for row in pq.read_table(part).to_pylist()]
         wanted = [(number, f":question {number}") for number in range(ROWS)]
         found = verify(LocalStorage(str(output)))
-        if [(row["id"], row["text"]) for row in rows] != wanted or found.problems or (output / "_attempts").exists():
-            raise RuntimeError(f"the output of job {self.num_jobs} is wrong: {found.problems}")
+        answered = [(row["id"], row["text"]) for row in rows]
+        if answered != wanted or found.problems:
+            wrong = [row for row, right in zip(rows, wanted, strict=False) if (row["id"], row["text"]) != right]
+            raise RuntimeError(f"job {self.num_jobs}: {len(rows)} rows, {found.problems}, wrong: {wrong[:3]}")
+        if (output / "_attempts").exists():  # of a worker that outlived its driver, and came after the end
+            self.num_left_behind += 1
 
 
 def _is_worker(process: psutil.Process) -> bool:
@@ -150,7 +154,8 @@ def main(
     killed = ", ".join(f"{count} {victim}s" for victim, count in sorted(soak.killed.items()))
     console.print(
         f"{time.monotonic() - started:.0f} s, seed {seed}: {soak.num_jobs} jobs of {ROWS} rows in {soak.num_runs} runs,"
-        f" each with every row once and in order; killed: {killed}",
+        f" each with every row once and in order; killed: {killed};"
+        f" attempts of workers that outlived their driver were left behind {soak.num_left_behind} times",
         highlight=False,
     )
 

@@ -33,6 +33,7 @@ from pipeline.demo.questions import draw_questions
 from pipeline.storage import Storage, open_storage
 
 SHARD_ROWS = 16
+TRIES = 20
 PATIENCE = 900.0  # seconds for a step on a machine that does much else
 _MOTO = """
 import logging, sys
@@ -58,7 +59,12 @@ def main(
             tasks = _write_dataset(options, rows)
             cluster = Cluster(
                 initialize_head=True,
-                head_node_args={"num_cpus": 1, "include_dashboard": True, "dashboard_port": _free_port()},
+                head_node_args={
+                    "num_cpus": 1,
+                    "include_dashboard": True,
+                    "dashboard_port": _free_port(),
+                    "dashboard_agent_listen_port": _free_port(),  # it is what starts jobs
+                },
             )
             cluster.add_node(num_cpus=1)
             submit = _submission(Path(name), cluster, options)
@@ -87,7 +93,7 @@ def _storage_options(port: int) -> dict[str, Any]:
 def _write_dataset(options: Mapping[str, Any], rows: int) -> list[str]:
     """Questions for the demo's experts, in turn; `task` names the expert. Returns the tasks, row by row."""
     filesystem = fsspec.filesystem("s3", **options)
-    filesystem.mkdir("bucket")
+    filesystem.call_s3("create_bucket", Bucket="bucket")
     drawn = {task: list(draw_questions(task, rows, seed=3)) for task in demo.TASKS}
     table = pa.Table.from_pylist(
         [
@@ -136,10 +142,15 @@ def _run_and_kill(submit: list[str], storage: Storage, parts: int, victim: str, 
         victim: What stands in the command line of the process.
         waits: Whether the job is to succeed all the same; else it is to fail.
     """
-    job = subprocess.Popen(submit, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # noqa: S603
-    _wait_until(lambda: _num_parts(storage) >= parts or job.poll() is not None)
-    if job.poll() is not None:
-        raise RuntimeError(f"the job ended too early: {job.stdout.read() if job.stdout is not None else ''}")
+    for _ in range(TRIES):  # the dashboard is up a little before the agent that starts jobs
+        job = subprocess.Popen(submit, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # noqa: S603
+        _wait_until(lambda: _num_parts(storage) >= parts or job.poll() is not None)  # noqa: B023 - called at once
+        if job.poll() is None:
+            break
+        output = job.communicate()[0]
+        if "No available agent" not in output:
+            raise RuntimeError(f"the job ended too early: {output}")
+        time.sleep(3)
     os.kill(_find(victim), signal.SIGKILL)
     output = job.communicate(timeout=PATIENCE)[0]
     if (job.returncode == 0) != waits:
@@ -151,7 +162,7 @@ def _find(victim: str) -> int:
         command = process.cmdline()
         is_submission = any(part == "submit" for part in command)
         if any(victim in part for part in command) and not is_submission and "/bin/sh" not in command[0]:
-            return process.pid
+            return int(process.pid)
     raise RuntimeError(f"no process of {victim} is running")
 
 

@@ -46,12 +46,19 @@ class ShardDatasource(Datasource):
     Args:
         runs: Those to read, from `plan_runs`.
         storage_options: Passed to the file system.
+        columns: Those to read; None for all.
     """
 
-    def __init__(self, runs: Sequence[Sequence[Shard]], storage_options: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        runs: Sequence[Sequence[Shard]],
+        storage_options: Mapping[str, Any],
+        columns: Sequence[str] | None = None,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # Ray does not annotate it
         self._runs = tuple(runs)
         self._storage_options = dict(storage_options)
+        self._columns = columns
 
     def estimate_inmemory_data_size(self) -> int | None:
         """Bytes of all shards, about."""
@@ -65,12 +72,14 @@ class ShardDatasource(Datasource):
         metadata = BlockMetadata(
             num_rows=len(run), size_bytes=sum(map(shard_bytes, run)), input_files=None, exec_stats=None
         )
-        return ReadTask(partial(run_blocks, run, self._storage_options), metadata, BLOCK_SCHEMA)
+        return ReadTask(partial(run_blocks, run, self._storage_options, self._columns), metadata, BLOCK_SCHEMA)
 
 
-def run_blocks(run: Sequence[Shard], storage_options: Mapping[str, Any]) -> Iterator[pa.Table]:
-    """Read shards, and wrap each as one block of one row."""
-    for shard, table in zip(run, read_shards(run, storage_options), strict=True):
+def run_blocks(
+    run: Sequence[Shard], storage_options: Mapping[str, Any], columns: Sequence[str] | None = None
+) -> Iterator[pa.Table]:
+    """Read shards, or some of their columns, and wrap each as one block of one row."""
+    for shard, table in zip(run, read_shards(run, columns, storage_options), strict=True):
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)

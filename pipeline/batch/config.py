@@ -1,7 +1,7 @@
 """The validated job description: everything a batch job is told, checked once, before anything starts."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -73,6 +73,7 @@ class ColumnsConfig(BaseModel):
 
 _OPENAI_TAKES: Mapping[str, tuple[Any, ...]] = {
     "prompt_template": (None,),
+    "keep_columns": (None,),
     "output_format": (None, "openai"),
     "output_prefix": ("",),
     "columns": (ColumnsConfig(),),
@@ -108,6 +109,9 @@ class BatchConfig(BaseModel):
         None,
         description="The prompt, with names of columns in braces, in place of a prompt column: 'Q: {question}'.",
         json_schema_extra={"expected": "a text with names of columns in braces"},
+    )
+    keep_columns: list[Text] | None = Field(
+        None, description="Columns carried to the answers beside those with a role, and read at all; left out, all."
     )
     experts: Annotated[dict[Text, PathText], BeforeValidator(section)] = Field(
         default_factory=dict,
@@ -272,7 +276,7 @@ class BatchConfig(BaseModel):
             raise PydanticCustomError("max_workers", f"expected at least num_workers, which is {fewest}, got {value}")
         return value
 
-    @field_validator("prompt_template", "output_format", "output_prefix", "columns")
+    @field_validator("prompt_template", "keep_columns", "output_format", "output_prefix", "columns")
     @classmethod
     def _fits_batch_files(cls, value: Any, info: ValidationInfo) -> Any:
         if info.data.get("format") == "openai" and value not in _OPENAI_TAKES[str(info.field_name)]:
@@ -340,6 +344,12 @@ class ResolvedColumns:
     expected: str | None = None
     expert: str | None = None
     sampling: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The columns that play a role."""
+        roles = (getattr(self, item.name) for item in fields(self) if item.name != "sampling")
+        return frozenset(name for name in (*roles, *self.sampling.values()) if name is not None)
 
 
 _BATCH_FILE_KEYS = {"custom_id", "url", "body"}

@@ -195,7 +195,7 @@ def _receipts(
     runs = plan_runs(pending, num_readers)
     with quiet(**ONE_ROW_A_BLOCK):
         answered = ray.data.read_datasource(
-            ShardDatasource(runs, job.config.storage_options),
+            ShardDatasource(runs, job.config.storage_options, job.kept),
             num_cpus=0,  # reading waits for storage; it must find room beside workers that hold every core
             compute=TaskPoolStrategy(size=min(num_readers, len(runs))),
             override_num_blocks=len(runs),  # Ray Data would cut the blocks of a short plan further
@@ -257,6 +257,7 @@ def worker_job(job: PreparedJob, workers: Workers, *, is_resumed: bool, load: Lo
         is_resumed=is_resumed,
         load=load,
         openai=job.openai,
+        kept=job.kept,
     )
 
 

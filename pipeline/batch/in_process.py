@@ -56,6 +56,6 @@ def execute_here(
 
 
 def _answered(worker: ShardWorker, shards: list[Shard], job: PreparedJob) -> Iterator[tuple[Receipt, ShardStats]]:
-    for block in run_blocks(shards, job.config.storage_options):
+    for block in run_blocks(shards, job.config.storage_options, job.kept):
         answered = worker(block)
         yield Receipt.from_json(answered["receipt"][0].as_py()), ShardStats.from_json(answered["stats"][0].as_py())

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from pipeline.batch.answering import UNNAMED, JobExpert, engine_name
 from pipeline.batch.commit import JobOutput
 from pipeline.batch.config import BatchConfig, ResolvedColumns, resolve_columns
@@ -69,6 +71,7 @@ class PreparedJob:
         part_format: How parts are written.
         output: Where they are committed.
         openai: How lines of OpenAI batch files are answered; None where the rows are others.
+        kept: The columns that are read and carried along; None for all.
     """
 
     config: BatchConfig
@@ -79,6 +82,7 @@ class PreparedJob:
     part_format: PartFormat
     output: JobOutput
     openai: OpenAIRules | None = None
+    kept: tuple[str, ...] | None = None
 
 
 def prepare(config: BatchConfig, opened: OpenExperts) -> PreparedJob:
@@ -100,6 +104,9 @@ def prepare(config: BatchConfig, opened: OpenExperts) -> PreparedJob:
     )
     refuse_nested(config, plan)
     columns = ResolvedColumns() if is_openai else _columns(config, plan)
+    kept = _kept(config, plan, columns)
+    if kept is not None:
+        plan = replace(plan, columns=kept, schema=pa.schema([plan.schema.field(name) for name in kept]))
     experts = tuple(_job_expert(config, expert) for expert in opened.experts)
     fingerprint = job_fingerprint(config, opened, plan, columns)
     openai: OpenAIRules | None = None
@@ -115,7 +122,7 @@ def prepare(config: BatchConfig, opened: OpenExperts) -> PreparedJob:
         num_shards=len(plan.shards),
         prefix=config.output_prefix,
     )
-    return PreparedJob(config, experts, opened.base_place, plan, columns, part_format, output, openai)
+    return PreparedJob(config, experts, opened.base_place, plan, columns, part_format, output, openai, kept)
 
 
 def _table_format(config: BatchConfig, plan: ShardPlan, experts: Sequence[JobExpert], fingerprint: str) -> PartFormat:
@@ -231,6 +238,21 @@ def _columns(config: BatchConfig, plan: ShardPlan) -> ResolvedColumns:
     return columns if config.experts else replace(columns, expert=None)
 
 
+def _kept(config: BatchConfig, plan: ShardPlan, columns: ResolvedColumns) -> tuple[str, ...] | None:
+    if config.keep_columns is None:
+        return None
+    missing = [name for name in config.keep_columns if name not in plan.columns]
+    if missing:
+        raise DatasetError(
+            f"the dataset has no column {', '.join(map(repr, missing))}",
+            details=[f"keep_columns: {missing}"],
+            hint=f"Name columns that the dataset has: {', '.join(plan.columns[:40])}.",
+        )
+    template = None if config.prompt_template is None else PromptTemplate.parse(config.prompt_template)
+    wanted = columns.names.union(config.keep_columns, template.columns if template is not None else ())
+    return tuple(name for name in plan.columns if name in wanted)
+
+
 def refuse_nested(config: BatchConfig, plan: ShardPlan) -> None:
     """Refuse an output inside the dataset: the answers would be questions the next time.
 
@@ -282,6 +304,7 @@ def job_fingerprint(
         "dtype": config.dtype or "auto",
         "quantization": config.quantization,
         "columns": {role: name for role, name in asdict(columns).items() if name and role != "expected"},
+        **({} if config.keep_columns is None else {"keep_columns": sorted(set(config.keep_columns))}),
         **({} if config.prompt_template is None else {"prompt_template": config.prompt_template}),
         "sampling": options if default is None else options | _grammar_option(config, default),
         "seed": config.seed,

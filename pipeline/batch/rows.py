@@ -1,6 +1,6 @@
 """A shard's table -> rows with an identity, each readable or with the reason why not."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ class Row:
     failure: Failure | None
 
 
-def iter_rows(shard: Shard, table: pa.Table) -> Iterator[Row]:
+def iter_rows(shard: Shard, table: pa.Table, columns: Collection[str] | None = None) -> Iterator[Row]:
     """The rows of a shard, in order.
 
     Values of columns become Python values; one that Python cannot hold (such as a date after year 9999) becomes its
@@ -39,17 +39,20 @@ def iter_rows(shard: Shard, table: pa.Table) -> Iterator[Row]:
     Args:
         shard: The shard.
         table: Its whole table, from `source.read_shard`.
+        columns: Of lines of JSON, those that are wanted; None for all. Tables have the columns that were read.
     """
-    return _line_rows(shard, table) if shard.format == "jsonl" else _column_rows(shard, table)
+    return _line_rows(shard, table, columns) if shard.format == "jsonl" else _column_rows(shard, table)
 
 
-def _line_rows(shard: Shard, table: pa.Table) -> Iterator[Row]:
+def _line_rows(shard: Shard, table: pa.Table, columns: Collection[str] | None) -> Iterator[Row]:
     places = zip(table["slice"].to_pylist(), table["offset"].to_pylist(), strict=True)
     for line, (number, offset) in zip(table["line"].to_pylist(), places, strict=True):
         file = shard.slices[number]
         identity = f"{file.name}@{offset}"
         try:
-            yield Row(identity, _line_values(file, line, offset), None)
+            values = _line_values(file, line, offset)
+            wanted = values if columns is None else {name: values[name] for name in values if name in columns}
+            yield Row(identity, wanted, None)
         except InvalidRowError as error:
             yield Row(identity, {}, Failure(INVALID_ROW, f"line at byte {offset} of {file.name}: {error}"))
 

@@ -150,7 +150,9 @@ def read_shard(
     return pa.concat_tables(tables, promote_options="default") if len(tables) > 1 else tables[0]
 
 
-def read_shards(shards: Sequence[Shard], storage_options: Mapping[str, Any] | None = None) -> Iterator[pa.Table]:
+def read_shards(
+    shards: Sequence[Shard], columns: Sequence[str] | None = None, storage_options: Mapping[str, Any] | None = None
+) -> Iterator[pa.Table]:
     """The rows of several shards, a table each; see `read_shard`.
 
     A Parquet file is opened once for all shards that follow each other in it, and no row of it is decoded twice.
@@ -161,9 +163,9 @@ def read_shards(shards: Sequence[Shard], storage_options: Mapping[str, Any] | No
     for path, group in groupby(shards, key=_shared_file):
         if path is None:
             for shard in group:
-                yield read_shard(shard, storage_options=storage_options)
+                yield read_shard(shard, columns, storage_options)
         else:
-            yield from _read_parquet([shard.slices[0] for shard in group], storage_options)
+            yield from _read_parquet([shard.slices[0] for shard in group], columns, storage_options)
 
 
 def _shared_file(shard: Shard) -> str | None:
@@ -171,13 +173,15 @@ def _shared_file(shard: Shard) -> str | None:
     return shard.paths[0] if shard.format == "parquet" and len(shard.slices) == 1 else None
 
 
-def _read_parquet(items: Sequence[FileSlice], options: Mapping[str, Any] | None) -> Iterator[pa.Table]:
+def _read_parquet(
+    items: Sequence[FileSlice], columns: Sequence[str] | None, options: Mapping[str, Any] | None
+) -> Iterator[pa.Table]:
     first = items[0]
     with _opened(first.path, first.name, "parquet", options) as file:
         _check_size(file, first)
-        tables = parquet_files.read_ranges(file, first.name, [(item.start, item.stop) for item in items], None)
+        tables = parquet_files.read_ranges(file, first.name, [(item.start, item.stop) for item in items], columns)
         for table in tables:
-            yield add_columns(table, first.partition, None)
+            yield add_columns(table, first.partition, columns)
 
 
 def _read_slice(

@@ -48,6 +48,7 @@ class WorkerJob:
         is_resumed: Whether the output was begun by another run, whose workers may have been lost.
         load: How the worker comes to its engine.
         openai: How the lines of OpenAI batch files are answered; None where the rows are others.
+        kept: The columns of lines of JSON that are wanted; None for all.
     """
 
     engine: EngineJob
@@ -57,6 +58,7 @@ class WorkerJob:
     is_resumed: bool = False
     load: Loader = load_engine
     openai: OpenAIRules | None = None
+    kept: tuple[str, ...] | None = None
 
 
 class ShardWorker:
@@ -109,7 +111,7 @@ class ShardWorker:
         return pa.table({"receipt": receipts, "stats": stats})
 
     def _answer(self, shard: Shard, table: pa.Table, started: float) -> tuple[Receipt, ShardStats]:
-        rows = list(iter_rows(shard, table))
+        rows = list(iter_rows(shard, table, self._job.kept))
         form = self._job.part_format
         old_part = self._job.output.part_to_mend(shard.index)
         wanted: list[int] = []  # rows that are answered again, when others of the part have answers already
