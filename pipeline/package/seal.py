@@ -31,7 +31,7 @@ def sealed_sha256(head: bytes) -> str | None:
     match = _SEAL.match(head)
     if match is not None:
         return match[1].decode()
-    flags = head[3] if len(head) > 3 else 0
+    flags = head[3] if head.startswith(_HEADER[:2]) and len(head) > 3 else 0
     if flags & _COMMENT or (flags & _NAME and not flags & _EXTRA and head[10:].startswith(b"sha256:")):
         raise ValueError("its gzip header holds a seal that is broken")
     return None
