@@ -30,6 +30,7 @@ from rich.console import Console
 from pipeline import demo
 from pipeline.batch.verify import verify
 from pipeline.demo.questions import draw_questions
+from pipeline.package import open_package
 from pipeline.storage import Storage, open_storage
 
 SHARD_ROWS = 16
@@ -175,7 +176,8 @@ def _check(storage: Storage, options: Mapping[str, Any], tasks: list[str]) -> st
             rows.extend(pq.read_table(file).to_pylist())
     if found.problems or [row["task"] for row in rows] != tasks or found.duplicate_ids:
         raise RuntimeError(json.dumps({"problems": list(found.problems), "rows": len(rows)}))
-    wrong = [row["id"] for row in rows if row["error"] is not None or f"expert-{row['task']}-" not in row["expert"]]
+    labels = {task: open_package(str(demo.package(task))).label for task in demo.TASKS}
+    wrong = [row["id"] for row in rows if row["error"] is not None or row["expert"] != labels[row["task"]]]
     if wrong:
         raise RuntimeError(f"not answered by the expert they name: {wrong[:8]}")
     return f"{found.rows} rows in {found.parts} parts: verified, in order, each answered by its own expert"
