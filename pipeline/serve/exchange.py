@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -167,7 +167,7 @@ class _Exchange:
                 card = self._service.asked(call)
                 self._expert = card.name
                 self._log_text("asks", body)
-                await self._while_there(self._ask(call, card))
+                await self._while_there(self._ask(replace(call, model=card.name), card))
         except ClientGoneError:
             raise
         except _FailedError as failed:

@@ -241,7 +241,7 @@ def test_models_are_listed_and_shown(gateway: Gateway) -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["auto", "gpt-4o", "../sql", "SQL"])
+@pytest.mark.parametrize("name", ["automatic", "gpt-4o", "../sql", "SQL"])
 def test_an_unknown_model_is_answered_with_the_list(gateway: Gateway, name: str) -> None:
     response = gateway.chat(model=name)
     error = error_of(response)
