@@ -23,6 +23,7 @@ _OTHERS = {
     "LOKR": re.compile(r".+\.lokr_(w1|w2|w1_a|w1_b|w2_a|w2_b|t2)(\.weight)?"),
     "ADALORA": re.compile(r".+\.(lora_[ABE]|ranknum)(\.weight)?"),
 }
+_OF_THE_BASE = re.compile(r".+\.base_layer\.weight")
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -47,6 +48,9 @@ def check_adapter_weights(tensors: Sequence[TensorInfo], config: AdapterConfig, 
         parts, left = lora_parts(tensors)
         found = [*parts]
         problems += _lora_problems(parts, config)
+        if any("lora_embedding_A" in shapes for shapes in parts.values()):
+            # PEFT saves the base's own embedding and head beside an adapter that changes an embedding.
+            left = [name for name in left if not _OF_THE_BASE.fullmatch(name)]
     if not found:
         problems.append(f"it holds no tensor of a {config.kind} adapter")
     if not may_hold_more:

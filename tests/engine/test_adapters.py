@@ -4,6 +4,7 @@ import copy
 import gc
 import json
 import random
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -473,11 +474,15 @@ def test_what_is_known_of_an_adapter(base: BaseModel, make: Make) -> None:
         bank.release("ia3")
 
 
+# What the package's own check says comes first; what it cannot know, the comparison with the model finds.
 DAMAGES: dict[str, tuple[Callable[[dict[str, torch.Tensor], str], Any], str]] = {
-    "missing": (lambda weights, key: weights.pop(key), "missing: "),
-    "left over": (lambda weights, key: weights.update({f"{key}.more": torch.ones(1)}), "not in this base model: "),
-    "shape": (lambda weights, key: weights.update({key: weights[key][:-1].clone()}), "wanted "),
-    "nan": (lambda weights, key: weights[key].view(-1)[0].fill_(float("nan")), "holds NaN"),
+    "missing": (lambda weights, key: weights.pop(key), "missing"),
+    "left over": (
+        lambda weights, key: weights.update({f"{key}.more": torch.ones(1)}),
+        "not in this base model: |not a tensor of a",
+    ),
+    "shape": (lambda weights, key: weights.update({key: weights[key][:-1].clone()}), "wanted |shapes|says"),
+    "nan": (lambda weights, key: weights[key].view(-1)[0].fill_(float("nan")), "NaN or infinity"),
 }
 
 
@@ -496,8 +501,8 @@ def test_a_damaged_adapter_is_refused(base: BaseModel, make: Make, tmp_path: Pat
     bank = AdapterBank(base)
     with pytest.raises(AdapterError) as caught:
         bank.load(kind, open_package(tmp_path))
-    assert complaint in str(caught.value)
-    assert key in str(caught.value)
+    assert re.search(complaint, str(caught.value))
+    assert key.removesuffix(".weight") in str(caught.value)
     assert bank.names() == ()
     assert not any(isinstance(module, AdaptedModule) for module in base.model.modules())
 

@@ -86,7 +86,7 @@ def test_soft_prompts_are_not_silently_left_out(base: Path, tmp_path: Path) -> N
     manifest = json.loads((source / "manifest.json").read_text())
     manifest["soft_prompts"] = [{"name": "style", "path": "style.pt", "tokens": 4, "init_method": "random"}]
     (source / "style.pt").write_bytes(b"x")
-    with pytest.raises(AdapterError, match=r"style\.pt: a pickle"):
+    with pytest.raises(AdapterError, match=r"style\.pt"):
         load_expert(open_package(pack(source, tmp_path, manifest=manifest)), base)
 
 

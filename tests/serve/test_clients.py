@@ -159,7 +159,7 @@ def test_what_cannot_be_done_is_the_clients_own_error(client: openai.OpenAI, url
         client.chat.completions.create(model="sql", messages=[USER], tools=[tool])
     assert (bad.value.param, bad.value.code) == ("tools", "invalid_request")
     with pytest.raises(openai.NotFoundError, match="The models are cypher, json, sql"):
-        client.chat.completions.create(model="auto", messages=[USER])
+        client.chat.completions.create(model="automatic", messages=[USER])
     with pytest.raises(openai.BadRequestError, match="prompt has") as long:
         client.chat.completions.create(model="sql", messages=[{"role": "user", "content": "users " * 5000}])
     assert long.value.code == "prompt_too_long"
