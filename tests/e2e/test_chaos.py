@@ -4,6 +4,7 @@ Drivers that die are in test_deaths, at every step, and in test_kill, on Ray; `b
 """
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,11 @@ def is_whole(output: Path) -> bool:
     )
 
 
+# Beside another Ray on the machine its nodes never give the driver a worker; alone they do.
+@pytest.mark.skipif(
+    os.environ.get("EXPERT_CHAOS") != "1",
+    reason="set EXPERT_CHAOS=1 and run it alone, with -n 0",
+)
 @pytest.mark.timeout(900)
 def test_workers_die_at_their_commits_while_nodes_go_and_come(nodes: Cluster, tmp_path: Path) -> None:
     marks, output = tmp_path / "marks", tmp_path / "out"
