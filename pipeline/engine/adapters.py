@@ -17,6 +17,7 @@ from pipeline.engine.adapted_modules import AdaptedModule, adapted_module, is_re
 from pipeline.engine.adapter_step import Buffers, CurrentStep, Form, Slice, StepRows
 from pipeline.engine.deltas import AdapterReader, Delta, EmbeddingDelta, LinearDelta
 from pipeline.engine.loader import BaseModel
+from pipeline.engine.passing_thread import in_passing_thread
 from pipeline.errors import AdapterError
 from pipeline.package import ExpertPackage
 
@@ -122,6 +123,10 @@ class AdapterBank:
         with self._lock:
             if self._touch(name, package, pin=pin):
                 return self.info(name)
+        return self._load(name, package, pin)
+
+    @in_passing_thread
+    def _load(self, name: str, package: ExpertPackage, pin: bool) -> AdapterInfo:
         with self._loading, torch.inference_mode(False), torch.no_grad():
             with self._lock:
                 if self._touch(name, package, pin=pin):

@@ -1,10 +1,9 @@
 """From directories to ready modules: base model, adapter, tokenizer, on the right device in the right dtype."""
 
-import gc
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from pipeline.engine.memory import page_out
 from pipeline.errors import AdapterError, BaseModelError, ConfigError, OutOfMemoryError, TokenizerError
 from pipeline.package import ExpertPackage
 
@@ -195,6 +195,7 @@ def merge_adapter(base: BaseModel, package: ExpertPackage) -> BaseModel:
     with _quiet():
         adapted = with_peft(base.model, package)
     _load_weights(adapted, package)
+    _page_out_when_merged(adapted)
     try:
         merged = adapted.merge_and_unload(safe_merge=True)
     except ValueError as error:
@@ -205,6 +206,26 @@ def merge_adapter(base: BaseModel, package: ExpertPackage) -> BaseModel:
         ) from error
     merged.eval().requires_grad_(False)
     return replace(base, model=merged)
+
+
+def _page_out_when_merged(adapted: Any) -> None:
+    """Give a layer's old weight back as soon as there is the merged one, so that they are never all there twice."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in adapted.modules():
+        weight = getattr(layer.get_base_layer(), "weight", None) if isinstance(layer, BaseTunerLayer) else None
+        if isinstance(weight, torch.Tensor):
+            page_out(weight)  # the making of the layer has read it
+            layer.merge = _then_page_out(layer, weight.data)
+
+
+def _then_page_out(layer: Any, weight: torch.Tensor) -> Callable[..., None]:
+    def run(*args: Any, **kwargs: Any) -> None:
+        del layer.merge  # this function, of the object; the class's comes forth
+        layer.merge(*args, **kwargs)
+        page_out(weight)
+
+    return run
 
 
 def peft_config(package: ExpertPackage) -> Any:
@@ -329,12 +350,3 @@ def _quiet() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
-
-
-def free_memory() -> None:
-    """Give memory that no tensor uses back to the device."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    elif torch.backends.mps.is_available():
-        torch.mps.empty_cache()

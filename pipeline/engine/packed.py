@@ -14,7 +14,9 @@ import torch
 from pipeline.engine.adapters import AdapterBank
 from pipeline.engine.grammar_compiler import GrammarCompiler
 from pipeline.engine.handle import Handle, Piece
-from pipeline.engine.loader import BaseModel, free_memory
+from pipeline.engine.loader import BaseModel
+from pipeline.engine.memory import free_memory
+from pipeline.engine.passing_thread import in_passing_thread
 from pipeline.engine.runner import Runner
 from pipeline.engine.sequence import Sequence, failed, start
 from pipeline.engine.stats import EngineStats
@@ -160,6 +162,7 @@ class PackedEngine:
         """
         self._grammars().compile(grammar)
 
+    @in_passing_thread
     def add_soft_prompt(self, embeddings: torch.Tensor) -> tuple[int, ...]:
         """Make a soft prompt known; its ids go before a prompt's. Call it before requests are submitted.
 

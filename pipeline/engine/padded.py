@@ -17,7 +17,8 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from pipeline.engine.choose import choose_tokens_
 from pipeline.engine.grammar_compiler import GrammarCompiler
 from pipeline.engine.handle import Handle
-from pipeline.engine.loader import BaseModel, free_memory
+from pipeline.engine.loader import BaseModel
+from pipeline.engine.memory import free_memory
 from pipeline.engine.sequence import Sequence, failed, start
 from pipeline.engine.stats import EngineStats
 from pipeline.engine.stopping import StopRules

@@ -9,6 +9,7 @@ from pipeline.engine.adapters import AdapterBank
 from pipeline.engine.loader import load_base_model, load_tokenizer, merge_adapter
 from pipeline.engine.packed import PackedEngine
 from pipeline.engine.padded import PaddedEngine
+from pipeline.engine.passing_thread import in_passing_thread
 from pipeline.engine.quantization import check_quantization, quantize
 from pipeline.engine.requests import RequestBuilder, request_defaults
 from pipeline.engine.residents import ResidentExperts
@@ -39,6 +40,7 @@ class LoadedExperts:
     requests: Mapping[str, RequestBuilder]
 
 
+@in_passing_thread
 def load_expert(
     package: ExpertPackage,
     base_path: Path,
@@ -187,6 +189,7 @@ def open_experts(
     return ResidentExperts(engine, packages, max_resident=max_resident, options=options)
 
 
+@in_passing_thread
 def load_engine(
     base_path: Path,
     packages: Mapping[str, ExpertPackage] | None = None,

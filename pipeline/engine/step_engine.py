@@ -8,7 +8,7 @@ import torch
 
 from pipeline.engine.adapters import AdapterBank
 from pipeline.engine.choose import choose_tokens_
-from pipeline.engine.loader import free_memory
+from pipeline.engine.memory import free_memory
 from pipeline.engine.prefixes import Prompt, plan_prefixes
 from pipeline.engine.runner import Runner
 from pipeline.engine.scheduler import Entry, Scheduler, Step

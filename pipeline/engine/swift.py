@@ -15,6 +15,7 @@ from torch import nn
 from pipeline.engine.kernels.cpu import Kernels
 from pipeline.engine.linear import PackedLinear, can_pack
 from pipeline.engine.loader import BaseModel
+from pipeline.engine.memory import give_back, page_out
 
 if TYPE_CHECKING:
     from pipeline.engine.kernels.gpu import GpuKernels
@@ -38,10 +39,14 @@ def pack_linears(base: BaseModel, num_rows: int) -> None:
     if base.device.type != "cpu" or base.dtype != torch.bfloat16 or not can_pack():
         return
     tied = base.model.get_input_embeddings().weight.data_ptr()
-    for name, module in list(base.model.named_modules()):
-        if type(module) is nn.Linear and module.weight.data_ptr() != tied:
+    linears = (name for name, module in base.model.named_modules() if type(module) is nn.Linear)
+    for name in tuple(linears):  # names, so that each plain weight is gone before the next one is copied
+        linear = base.model.get_submodule(name)
+        if linear.weight.data_ptr() != tied:
             parent, _, own = name.rpartition(".")
-            setattr(base.model.get_submodule(parent), own, PackedLinear(module, num_rows))
+            setattr(base.model.get_submodule(parent), own, PackedLinear(linear, num_rows))
+            page_out(linear.weight)
+    give_back()
 
 
 def use_kernels(base: BaseModel, kernels: Kernels | GpuKernels) -> None:

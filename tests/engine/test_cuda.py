@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline.engine import Request, SamplingParams
-from pipeline.engine.loader import free_memory, load_base_model, load_tokenizer
+from pipeline.engine.loader import load_base_model, load_tokenizer
+from pipeline.engine.memory import free_memory
 from pipeline.engine.packed import PackedEngine
 from pipeline.engine.runner import Runner
 from pipeline.engine.runtime import load_engine
