@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 
 import pyarrow as pa
 
@@ -19,6 +19,8 @@ from pipeline.openai_api.http_errors import HttpError, coded_error
 from pipeline.openai_api.protocol import Call, check_call, unknown_model
 from pipeline.openai_api.responses import Answers
 from pipeline.openai_api.token_texts import whole_text
+from pipeline.package import Routing
+from pipeline.routing import AUTO, Router
 
 CREATED = 0
 """`created` of every answer: the time of an answer would make two runs of one job differ."""
@@ -44,19 +46,30 @@ class OpenAIRules:
         otherwise: The expert that answers any other `model`; None where that is an error.
         digests: The sha256 of each expert's package.
         fingerprint: The digest of the job's; the ids of answers are drawn from it.
+        routings: What the manifests of named experts say of the prompts they are for, by name; `auto` chooses by them.
     """
 
     models: Mapping[str, str]
     otherwise: str | None
     digests: Mapping[str, str]
     fingerprint: str
+    routings: Mapping[str, Routing] = field(default_factory=dict)
 
-    def expert(self, model: str) -> str:
-        """The expert that answers for a model.
+    @cached_property
+    def router(self) -> Router:
+        """Chooses the expert for a prompt, by the manifests."""
+        return Router(self.routings)
+
+    def expert(self, call: Call) -> str:
+        """The expert that answers a call: the one of its model, or, for `auto`, the one that its prompt is for.
 
         Raises:
             UnknownModelError: None does.
+            RoutingError: The prompt is for none.
         """
+        model = call.model
+        if model == AUTO and AUTO not in self.models and self.routings:
+            return self.router.route(call.fields.get("prompt", call.fields.get("messages"))).expert
         name = self.models.get(model, self.otherwise)
         if name is None:
             raise unknown_model(model, self.models, hint=_ANY_HINT if UNNAMED in self.digests else "")
@@ -101,7 +114,9 @@ class LineAnswers:
         try:
             custom_id = read_custom_id(row)
             call = read_line_call(row)
-            expert = self._rules.expert(call.model)
+            expert = self._rules.expert(call)
+            if call.model == AUTO and expert in self._rules.routings:
+                call = replace(call, model=expert)  # the answer says who gave it
             options = {"seed": self._seed_of(f"id:{custom_id}"), **call.options}
             request = self._builders[expert].build(request_id, **call.fields, options=options)
         except ExpertError as error:

@@ -163,6 +163,7 @@ def openai_rules(config: BatchConfig, opened: OpenExperts, fingerprint: str) -> 
         otherwise=UNNAMED if config.openai_models == "any" else None,
         digests={engine_name(expert.name): expert.package.digest for expert in opened.experts},
         fingerprint=fingerprint,
+        routings={expert.name: expert.package.manifest.routing for expert in opened.experts if expert.name is not None},
     )
 
 

@@ -21,8 +21,8 @@ from pipeline.engine.requests import RequestBuilder
 from pipeline.engine.runtime import open_experts
 from pipeline.engine.stats import EngineStats
 from pipeline.engine.types import Completion, Engine, Failure, Request
-from pipeline.errors import InferenceError, OutputError
-from pipeline.package import open_package
+from pipeline.errors import InferenceError, OutputError, RoutingError
+from pipeline.package import Routing, open_package
 from pipeline.serve.api import make_api
 from pipeline.serve.local import LocalBackend
 
@@ -299,3 +299,17 @@ def test_an_answer_that_is_lost_fails_the_shard(bench: Bench) -> None:
     engine = BrokenEngine(Completion("0", "x", "stop", 7, 1))
     with pytest.raises(OutputError, match="neither an answer nor a failure"):
         bench.lines(engine).answer([row(0, *chat(n=2))])
+
+
+def test_auto_asks_the_expert_that_the_prompt_is_for(bench: Bench) -> None:
+    routings = {NAMES["sql"]: Routing(keywords=("users",)), NAMES["json"]: Routing(keywords=("turned",))}
+    rules = replace(bench.rules, routings=routings)
+    asked = [chat(model="auto"), chat(model="auto", messages=[{"role": "user", "content": "Hm."}])]
+    rows = [row(number, url, body) for number, (url, body) in enumerate(asked)]
+    routed, lost = parsed(bench.lines(rules=rules).answer(rows))
+    (named,) = in_batch(bench, [chat()])
+    assert routed["response"]["body"]["model"] == NAMES["sql"]
+    assert routed["response"]["body"]["choices"] == named["response"]["body"]["choices"]
+    assert lost["response"]["body"]["error"]["code"] == RoutingError.code
+    (unknown,) = in_batch(bench, [chat(model="auto")])
+    assert unknown["response"]["body"]["error"]["code"] == "model_not_found", "one expert alone is no choice"
