@@ -2,10 +2,13 @@
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline import logs
+from pipeline.engine import loader
 
 
 @pytest.fixture
@@ -27,3 +30,26 @@ def test_it_is_quiet_unless_asked(
     logs.set_up({"EXPERT_LOG": "Debug"})
     logging.getLogger("pipeline.engine.loader").debug("loaded")
     assert "DEBUG pipeline.engine.loader: loaded" in capsys.readouterr().err
+
+
+def test_the_device_is_logged_and_a_gpu_that_is_not_used_warned_of_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        pytest.skip("this machine has another device than its CPU")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    loader._warn_of_unused_gpu.cache_clear()
+    with caplog.at_level(logging.INFO, "pipeline"):
+        assert loader.choose_device("auto").type == "cpu"
+    assert "chose the device cpu" in caplog.text
+    assert "WARNING" not in caplog.text, "there is no GPU here"
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(loader, "GPU_DEVICE", tmp_path / "nvidia0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    loader.choose_device()
+    assert "WARNING" not in caplog.text, "it is hidden on purpose"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    loader.choose_device()
+    loader.choose_device()
+    assert caplog.text.count("there is an NVIDIA GPU, and answers come from the CPU") == 1
+    loader._warn_of_unused_gpu.cache_clear()
