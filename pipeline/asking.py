@@ -6,6 +6,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, TypeVar
 
@@ -23,8 +24,10 @@ from pipeline.errors import (
     PromptTooLongError,
     TokenizerError,
 )
+from pipeline.metrics import AnswerMetrics
 from pipeline.package import ExpertPackage
 from pipeline.results import InferenceResult, Timings, result_of
+from pipeline.watching import Watch
 
 if TYPE_CHECKING:
     from pipeline.engine.packed import PackedEngine
@@ -156,12 +159,14 @@ class Answerer:
         engine: Answers.
         requests: Makes requests for it.
         building: Held while a request is made: a tokenizer is not for several threads at once.
+        metrics: Takes note of what is answered; None for nobody.
     """
 
     package: ExpertPackage
     engine: "PackedEngine | PaddedEngine"
     requests: RequestBuilder
     building: threading.Lock
+    metrics: AnswerMetrics | None = None
 
 
 class Running:
@@ -249,15 +254,19 @@ def begin(answerer: Answerer, asks: Sequence[Ask], *, is_streamed: bool, is_stri
     """
     requests: dict[int, Request] = {}
     errors: dict[int, ExpertError] = {}
+    watches = [Watch.begin(answerer.package, ask.asked_at, time.monotonic(), answerer.metrics) for ask in asks]
     with answerer.building:
         for position, ask in enumerate(asks):
             try:
                 requests[position] = _request(answerer, str(position), ask, is_streamed=is_streamed)
             except ExpertError as error:
+                watches[position].refuse(error, time.monotonic())
                 if is_strict:
                     raise
                 errors[position] = error
     handles = dict(zip(requests, _submit(answerer, list(requests.values()), is_streamed=is_streamed), strict=True))
+    for position, handle in handles.items():
+        watches[position].follow(handle)
     return [
         Running(ask, answerer.package, handles.get(position), errors.get(position)) for position, ask in enumerate(asks)
     ]
@@ -304,7 +313,8 @@ async def begin_in_thread(begin: Begin) -> list[Running]:
 
     What was begun for a task that has been cancelled is cancelled too.
     """
-    begun = asyncio.get_running_loop().run_in_executor(None, begin)
+    context = copy_context()  # a span that is current here is so there
+    begun = asyncio.get_running_loop().run_in_executor(None, lambda: context.run(begin))
     try:
         return await asyncio.shield(begun)
     except asyncio.CancelledError:

@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from pipeline.asking import Answerer, Ask, Asker, GenerateOptions, Item, Running, begin, read_ask, spelled_out
 from pipeline.errors import InferenceError
+from pipeline.metrics import AnswerMetrics, Metrics
 from pipeline.package import ExpertPackage, TrustPolicy, fitting_base_model, open_package
 from pipeline.results import InferenceResult, Timings
 from pipeline.text_streams import AsyncTextStream, TextStream
+from pipeline.tracing import span
 
 if TYPE_CHECKING:
+    from gradio import ChatInterface
+
     from pipeline.engine.runtime import EngineName, LoadedExpert
     from pipeline.engine.stats import EngineStats
 
@@ -44,6 +48,7 @@ class Expert(Asker):
         dtype: str | None,
         quantization: str | None = None,
         engine: "EngineName" = "packed",
+        metrics: Metrics | None = None,
     ) -> None:
         self.package = package
         self._base_path = base_path
@@ -51,6 +56,7 @@ class Expert(Asker):
         self._dtype = dtype
         self._quantization = quantization
         self._engine: EngineName = engine
+        self._metrics = None if metrics is None else AnswerMetrics(metrics)
         self._loaded: LoadedExpert | None = None
         self._is_closed = False
         self._lock = threading.Lock()
@@ -70,6 +76,7 @@ class Expert(Asker):
         models: Mapping[str, str] | None = None,
         trust: TrustPolicy = "any",
         allow_rollback: bool = False,
+        metrics: Metrics | None = None,
     ) -> "Expert":
         """Open and verify a package and find its base model; the model itself is loaded when first needed.
 
@@ -85,6 +92,7 @@ class Expert(Asker):
             models: Base model names of manifests, and where each is found.
             trust: `"any"`, `"signed"` or `"trusted"`: what is asked of the package's signature; see `open_package`.
             allow_rollback: With `trust="trusted"`, take an older version than was opened before.
+            metrics: Where answers are counted and measured; see `pipeline.metrics`. None for nowhere.
 
         Raises:
             LoadError: The package is missing, damaged or not valid, or its base model cannot be found.
@@ -92,7 +100,15 @@ class Expert(Asker):
         cache = None if cache_dir is None else Path(cache_dir)
         package = open_package(path, cache_dir=cache, trust=trust, allow_rollback=allow_rollback)
         base = fitting_base_model(package, base_model=base_model, models=models, cache_dir=cache)
-        return cls(package, base.path, device=device, dtype=dtype, quantization=quantization, engine=engine)
+        return cls(
+            package,
+            base.path,
+            device=device,
+            dtype=dtype,
+            quantization=quantization,
+            engine=engine,
+            metrics=metrics,
+        )
 
     @spelled_out
     def generate(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> InferenceResult:
@@ -196,6 +212,25 @@ class Expert(Asker):
         """What the engine is doing now, and what it has done; it is loaded for that where it is not."""
         return self._load().engine.stats()
 
+    @property
+    def context_length(self) -> int:
+        """Tokens that the model's context holds, prompt and answer together; it is loaded for that where it is not."""
+        return self._load().requests.context_length
+
+    def to_gradio(self, **options: Unpack[GenerateOptions]) -> "ChatInterface":
+        """A page to talk with the expert in a browser: `expert.to_gradio().launch()` shows it.
+
+        Args:
+            options: As for `generate`, for every prompt; `schema` is what its field holds at first.
+
+        Raises:
+            MissingDependencyError: Gradio is not installed.
+        """
+        from pipeline.integrations.asked import Asked
+        from pipeline.integrations.gradio import chat_page
+
+        return chat_page(Asked(self), title=self.package.label, **options)
+
     def close(self) -> None:
         """Free the device. Calling it again does nothing; the expert cannot be used afterwards."""
         with self._lock:
@@ -218,7 +253,7 @@ class Expert(Asker):
 
     def _begin(self, asks: Sequence[Ask], *, is_streamed: bool = False, is_strict: bool = False) -> list[Running]:
         loaded = self._load()
-        answerer = Answerer(self.package, loaded.engine, loaded.requests, self._building)
+        answerer = Answerer(self.package, loaded.engine, loaded.requests, self._building, self._metrics)
         return begin(answerer, asks, is_streamed=is_streamed, is_strict=is_strict)
 
     def _load(self) -> "LoadedExpert":
@@ -228,14 +263,17 @@ class Expert(Asker):
             if self._loaded is None:
                 from pipeline.engine.runtime import load_expert
 
-                self._loaded = load_expert(
-                    self.package,
-                    self._base_path,
-                    engine=self._engine,
-                    device=self._device,
-                    dtype=self._dtype,
-                    quantization=self._quantization,
-                )
+                with span("expert.load", {"expert": self.package.label}):
+                    self._loaded = load_expert(
+                        self.package,
+                        self._base_path,
+                        engine=self._engine,
+                        device=self._device,
+                        dtype=self._dtype,
+                        quantization=self._quantization,
+                    )
+                if self._metrics is not None:
+                    self._metrics.note_loads(self.package.manifest.name)
             return self._loaded
 
 

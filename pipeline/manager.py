@@ -10,6 +10,7 @@ from typing import Any, Unpack
 
 from pipeline.asking import Answerer, Ask, Asker, GenerateOptions, Item, Running, begin, read_ask, spelled_out
 from pipeline.errors import ConfigError, ExpertError, InvalidRequestError
+from pipeline.metrics import AnswerMetrics, Metrics
 from pipeline.package import TrustPolicy
 from pipeline.results import InferenceResult
 from pipeline.roster import BaseInfo, ExpertInfo, Roster
@@ -30,7 +31,7 @@ class ExpertManager(Asker):
     Args:
         max_loaded_experts: At most this many experts are loaded, over all base models; None for any number.
         device, dtype, quantization: For every expert that is not loaded with others; see `Expert.load`.
-        base_model, models, cache_dir: See `Expert.load`; for every expert.
+        base_model, models, cache_dir, metrics: See `Expert.load`; for every expert.
 
     Example:
         >>> from pipeline import ExpertManager, demo
@@ -57,10 +58,12 @@ class ExpertManager(Asker):
         base_model: str | os.PathLike[str] | None = None,
         models: Mapping[str, str] | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         if max_loaded_experts is not None and max_loaded_experts < 1:
             raise ConfigError(f"max_loaded_experts is {max_loaded_experts}", hint="Give 1 or more, or None.")
-        self._shelf = Shelf(max_loaded_experts)
+        self._metrics = None if metrics is None else AnswerMetrics(metrics)
+        self._shelf = Shelf(max_loaded_experts, metrics=self._metrics)
         self._roster = Roster(
             self._shelf,
             placing={"device": device, "dtype": dtype, "quantization": quantization},
@@ -277,7 +280,7 @@ class ExpertManager(Asker):
         self._roster.note_use(name)
         hold = _Hold(lambda: self._shelf.release(base, known.shelved))
         try:
-            answerer = Answerer(known.shelved.package, base.residents.engine, builder, base.building)
+            answerer = Answerer(known.shelved.package, base.residents.engine, builder, base.building, self._metrics)
             running = begin(answerer, asks, is_streamed=is_streamed, is_strict=is_strict)
             hold.until_done(running)
         finally:

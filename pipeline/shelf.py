@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.errors import AdapterError, ConfigError, OverloadedError
+from pipeline.metrics import AnswerMetrics
 from pipeline.package import ExpertPackage
+from pipeline.tracing import span
 
 if TYPE_CHECKING:
     from pipeline.engine.requests import RequestBuilder
@@ -65,15 +67,23 @@ class Shelf:
     Args:
         max_loaded: At most this many experts are loaded, over all base models; None for any number.
         room_seconds: So long an expert waits for room that others have in use.
+        metrics: Takes note of loads; None for nobody.
 
     `pinned` holds the experts that are not to be let go.
     """
 
-    def __init__(self, max_loaded: int | None = None, *, room_seconds: float = ROOM_SECONDS) -> None:
+    def __init__(
+        self,
+        max_loaded: int | None = None,
+        *,
+        room_seconds: float = ROOM_SECONDS,
+        metrics: AnswerMetrics | None = None,
+    ) -> None:
         self.pinned: set[tuple[BaseKey, str]] = set()
         self.changed = threading.Condition()
         self._max_loaded = max_loaded
         self._room_seconds = room_seconds
+        self._metrics = metrics
         self._loading = threading.RLock()
         self._bases: dict[BaseKey, Base] = {}
         self._used: dict[tuple[BaseKey, str], int] = {}
@@ -118,7 +128,14 @@ class Shelf:
         if ready is not None:
             return ready
         with self._loading:
-            return self.try_acquire(shelved) or self._load(shelved)
+            ready = self.try_acquire(shelved)
+            if ready is not None:
+                return ready
+            with span("expert.load", {"expert": shelved.package.label}):
+                loaded = self._load(shelved)
+        if self._metrics is not None:
+            self._metrics.note_loads(shelved.package.manifest.name)
+        return loaded
 
     def release(self, base: Base, shelved: Shelved) -> None:
         """Let an expert go again."""

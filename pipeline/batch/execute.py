@@ -27,6 +27,7 @@ from pipeline.batch.shard_stats import ShardStats
 from pipeline.batch.shards import Shard
 from pipeline.batch.worker import ShardWorker, WorkerJob
 from pipeline.errors import ConfigError, ExpertError, JobFailedError
+from pipeline.ray_metrics import RayMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ def execute(
     if recorder is not None:
         recorder.plan_workers(workers.most)
     experts = ", ".join(expert.label for expert in job.experts)
-    metrics = JobMetrics(job=digest_of(job.output.fingerprint)[:12], expert=experts)
+    metrics = JobMetrics(RayMetrics(), job=digest_of(job.output.fingerprint)[:12], expert=experts)
     progress.tell(metrics.show)
     progress.start(len(job.plan.shards), len(already), job.plan.num_rows, rows_done, errors_done, workers.most)
     try:

@@ -34,6 +34,7 @@ from pipeline.batch.turns import Turns
 from pipeline.batch.watchdog import Watchdog, end_process
 from pipeline.engine.types import Failure
 from pipeline.errors import ExpertError
+from pipeline.tracing import span
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,9 @@ class ShardWorker:
         notes = LoadNotes(job.output.storage, actor_name() if was_restarted() else None)
         try:
             notes.begin()
-            self._answering = _answering(job, job.load(job.engine))
+            labels = [expert.label for expert in job.engine.experts]
+            with span("expert.load", {"expert": ", ".join(labels)}):
+                self._answering = _answering(job, job.load(job.engine))
             notes.end()
         except ExpertError as error:
             self._failure = error
@@ -105,7 +108,17 @@ class ShardWorker:
             shard = Shard.from_json(text)
             with pa.ipc.open_stream(rows) as reader:
                 table = reader.read_all()
-            receipt, told = self._answer(shard, table, started)
+            with span(
+                "expert.shard", {"expert.shard.index": shard.index, "expert.shard.rows": table.num_rows}
+            ) as traced:
+                receipt, told = self._answer(shard, table, started)
+                traced.set(
+                    {
+                        "gen_ai.usage.input_tokens": receipt.prompt_tokens,
+                        "gen_ai.usage.output_tokens": receipt.completion_tokens,
+                        "expert.shard.errors": receipt.errors,
+                    }
+                )
             receipts.append(receipt.to_json())
             stats.append(told.to_json())
         return pa.table({"receipt": receipts, "stats": stats})

@@ -65,6 +65,11 @@ class RequestBuilder:
         """The expert's tokenizer."""
         return self._tokenizer
 
+    @property
+    def context_length(self) -> int:
+        """Tokens that the model's context holds, prompt and answer together."""
+        return self._context_length
+
     def build(
         self,
         request_id: str,

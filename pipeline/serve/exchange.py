@@ -30,6 +30,7 @@ from pipeline.serve.guard import CLIENT, REQUEST_ID, send_error, send_json
 from pipeline.serve.in_flight import InFlight
 from pipeline.serve.limits import LimitsConfig
 from pipeline.serve.messages import Ask, Backend, Delta, Ended, Event, ModelCard, Refused, Started
+from pipeline.tracing import Span, current_headers, span
 
 logger = logging.getLogger(__name__)
 CLIENT_GONE_STATUS = 499
@@ -148,15 +149,17 @@ class _Exchange:
 
     async def run(self) -> None:
         """Answer it, or say why not; and take note."""
-        try:
-            await self._answer()
-        except ClientGoneError:
-            self._status = CLIENT_GONE_STATUS
-        except asyncio.CancelledError:  # the server's way to say the same
-            self._status = CLIENT_GONE_STATUS
-            raise
-        finally:
-            self._note()
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in self._scope["headers"]}
+        with span("expert.request", {"gen_ai.operation.name": self._kind}, headers=headers) as traced:
+            try:
+                await self._answer()
+            except ClientGoneError:
+                self._status = CLIENT_GONE_STATUS
+            except asyncio.CancelledError:  # the server's way to say the same
+                self._status = CLIENT_GONE_STATUS
+                raise
+            finally:
+                self._note(traced)
 
     async def _answer(self) -> None:
         limits = self._service.limits
@@ -194,7 +197,8 @@ class _Exchange:
     async def _ask(self, call: Call, card: ModelCard) -> None:
         deadline = call.timeout or self._service.limits.max_seconds
         seconds_left = max(deadline - (time.monotonic() - self._begun_at), 0.0)
-        ask = Ask(self._answer_id, card.name, call.fields, call.options, call.is_streamed, seconds_left)
+        trace = current_headers()
+        ask = Ask(self._answer_id, card.name, call.fields, call.options, call.is_streamed, seconds_left, trace)
         answers = Answers(call, self._answer_id, digest=card.digest, created=int(time.time()))
         self._answers = answers
         timer = asyncio.timeout(seconds_left)
@@ -285,11 +289,21 @@ class _Exchange:
         if self._service.log_prompts:
             logger.info("request %s %s: %s", self._scope[REQUEST_ID], what, text.decode("utf-8", "replace"))
 
-    def _note(self) -> None:
+    def _note(self, traced: Span) -> None:
         seconds = time.monotonic() - self._begun_at
         if self._service.metrics is not None:
             self._service.metrics.note(expert=self._expert, status=self._status, code=self._code, seconds=seconds)
         answers = self._answers
+        traced.set(
+            {
+                "gen_ai.request.model": self._expert,
+                "gen_ai.usage.input_tokens": answers.prompt_tokens if answers else 0,
+                "gen_ai.usage.output_tokens": answers.completion_tokens if answers else 0,
+                "http.response.status_code": self._status,
+            }
+        )
+        if self._code is not None:
+            traced.fail(self._code, f"status {self._status}")
         logger.info(
             "request %s %s client=%s expert=%s status=%d code=%s seconds=%.3f prompt_tokens=%d completion_tokens=%d",
             self._scope[REQUEST_ID],

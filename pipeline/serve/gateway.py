@@ -13,6 +13,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
 from pipeline.errors import ExpertError, OverloadedError, ReplicaLostError, ServeError
+from pipeline.ray_metrics import RayMetrics
 from pipeline.serve.api import make_api
 from pipeline.serve.config import ServeConfig
 from pipeline.serve.in_flight import InFlight
@@ -178,7 +179,7 @@ class Gateway:
             keys=self._job.keys,
             log_prompts=self._job.log_prompts,
             playground=self._job.playground,
-            metrics=GatewayMetrics(),
+            metrics=GatewayMetrics(RayMetrics()),
             is_ready=self._backend.is_ready,
             echoes_request_id=False,  # Serve's proxy does
             in_flight=self._in_flight,

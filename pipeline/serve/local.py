@@ -5,16 +5,17 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from pipeline.engine.requests import RequestBuilder
 from pipeline.engine.token_bytes import TokenBytes
 from pipeline.engine.types import Completion, Request
 from pipeline.errors import DeadlineError, ExpertError, PromptTooLongError
+from pipeline.metrics import AnswerTimes
 from pipeline.openai_api.token_texts import TokenTexts, whole_text
 from pipeline.serve.cards import model_card
 from pipeline.serve.messages import Ask, Delta, Ended, Event, ModelCard, Refused, Started
+from pipeline.tracing import begin_span
 
 if TYPE_CHECKING:
     from pipeline.engine.packed import Handle, Piece
@@ -26,37 +27,10 @@ PIECE_SECONDS = 0.03  # the least between two pieces of a stream
 PIECES_PER_SECOND = 200  # of all streams: each piece takes the gateway and the proxy a millisecond or two
 
 
-@dataclass(frozen=True)
-class AskTimes:
-    """When things happened to one request, by `time.monotonic()`; None for what did not.
-
-    Args:
-        asked: It arrived.
-        begun: The engine began to compute it.
-        first: The first token was there.
-        ended: It was over.
-        prompt_tokens, completion_tokens: How many; all answers together.
-        num_steps: Tokens of the longest answer.
-        finish_reason: Of the first answer; `refused`, or `cancelled` where the caller left.
-        code: Of the error, if there was one.
-    """
-
-    expert: str
-    asked: float
-    ended: float
-    begun: float | None = None
-    first: float | None = None
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    num_steps: int = 0
-    finish_reason: str = "refused"
-    code: str | None = None
-
-
 class Watcher(Protocol):
     """Is told of every request that is over."""
 
-    def __call__(self, times: AskTimes) -> None:
+    def __call__(self, times: AnswerTimes) -> None:
         """Take note; from the event loop's thread."""
         ...
 
@@ -135,8 +109,7 @@ class LocalBackend:
                 run.handle.cancel()
             if held:
                 self.experts.release(ask.expert)
-            if self.watch is not None:
-                self.watch(run.times())
+            run.close(self.watch)
 
     def close(self) -> None:
         """Close the engine; what is unfinished ends with an error."""
@@ -210,6 +183,7 @@ class _Run:
         self.code: str | None = None
         self._asked = time.monotonic()
         self._is_late = False
+        self._span = begin_span("expert.generate", {"gen_ai.request.model": ask.expert}, headers=ask.trace or None)
 
     async def in_time(self, work: Awaitable[T]) -> T:
         """The result of some work, or DeadlineError when the time is up."""
@@ -251,9 +225,24 @@ class _Run:
         self.finish_reason, self.code = self.finish_reason or reason, self.code or code
         return Ended(reason, completion.completion_tokens, completion.index, code, message)
 
-    def times(self) -> AskTimes:
-        """What happened."""
-        return AskTimes(
+    def close(self, watch: Watcher | None) -> None:
+        """Tell what happened, to whom it is told."""
+        times = self._times()
+        if watch is not None:
+            watch(times)
+        self._span.set(
+            {
+                "gen_ai.usage.input_tokens": times.prompt_tokens,
+                "gen_ai.usage.output_tokens": times.completion_tokens,
+                "gen_ai.response.finish_reasons": [times.finish_reason],
+            }
+        )
+        if times.code is not None:
+            self._span.fail(times.code, times.finish_reason)
+        self._span.end()
+
+    def _times(self) -> AnswerTimes:
+        return AnswerTimes(
             expert=self.ask.expert,
             asked=self._asked,
             begun=self.handle.begun_at if self.handle is not None else None,

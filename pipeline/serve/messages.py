@@ -21,6 +21,7 @@ class Ask:
         options: Any of `pipeline.engine.requests.OPTION_NAMES`, as a batch row has them.
         is_streamed: Whether text is wanted as it comes; otherwise each answer comes whole.
         deadline: Seconds from its arrival at the replica after which it is cancelled.
+        trace: The span that it belongs to; see `pipeline.tracing.current_headers`.
     """
 
     request_id: str
@@ -29,6 +30,7 @@ class Ask:
     options: Mapping[str, Any] = field(default_factory=dict)
     is_streamed: bool = False
     deadline: float | None = None
+    trace: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,21 @@
-"""What a gateway tells Prometheus, at Ray's own endpoint: requests as clients see them."""
+"""What a gateway counts and measures, at Ray's own Prometheus endpoint: requests as clients see them."""
 
-from ray.util.metrics import Counter, Histogram
-
-from pipeline.serve.replica_metrics import SECONDS
+from pipeline.metrics import SECONDS, Metrics
 
 UNKNOWN_EXPERT = "unknown"
 
 
 class GatewayMetrics:
-    """Requests by expert and status, errors by code, and how long requests take."""
+    """Requests by expert and status, errors by code, and how long requests take.
 
-    def __init__(self) -> None:
-        self._requests = Counter("expert_requests_total", "Requests answered or refused.", ("expert", "status"))
-        self._errors = Counter("expert_errors_total", "Requests that ended with an error.", ("code",))
-        self._seconds = Histogram(
+    Args:
+        metrics: Makes what is told.
+    """
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._requests = metrics.counter("expert_requests_total", "Requests answered or refused.", ("expert", "status"))
+        self._errors = metrics.counter("expert_errors_total", "Requests that ended with an error.", ("code",))
+        self._seconds = metrics.histogram(
             "expert_request_seconds", "From a request's arrival at the gateway to its last byte.", SECONDS, ("expert",)
         )
 

@@ -13,6 +13,7 @@ from ray import serve
 
 from pipeline.errors import InferenceError
 from pipeline.package import ExpertPackage, local_base_model, open_planned
+from pipeline.ray_metrics import RayMetrics
 from pipeline.serve.messages import Ask, Event
 from pipeline.serve.replica_metrics import ReplicaMetrics
 
@@ -90,8 +91,8 @@ class ExpertReplica:
         self._phases: dict[str, float] = {}
         self._progress = (time.monotonic(), -1)  # when the engine last did a step, and how many it had done
         self._backend = await asyncio.to_thread(self._load, job)
-        self._metrics = ReplicaMetrics()
-        self._backend.watch = self._metrics.note
+        self._metrics = ReplicaMetrics(RayMetrics())
+        self._backend.watch = self._metrics.answers.note
         # Serve's router prefers replicas that say they have a model; the engine's own set decides what is loaded.
         self._announce = serve.multiplexed(max_num_models_per_replica=job.max_resident)(_the_same)
         await self._warm_up(job)

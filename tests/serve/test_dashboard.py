@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ray.util.metrics import Gauge, Histogram, Metric
+from ray.util.metrics import Counter, Gauge, Histogram, Metric
 
+from pipeline.ray_metrics import RayMetrics
 from pipeline.serve.metrics import GatewayMetrics
 from pipeline.serve.replica_metrics import ReplicaMetrics
 
@@ -17,6 +18,25 @@ PROJECT = Path(__file__).parents[2]
 DASHBOARD = PROJECT / "configs" / "grafana" / "serving.json"
 RAY_PREFIX = "ray_"  # Ray puts it before the name of every metric that it exports
 HISTOGRAM_SUFFIXES = ("_bucket", "_sum", "_count")
+
+
+class _Made(RayMetrics):
+    """Ray's metrics, and which were made."""
+
+    def __init__(self) -> None:
+        self.parts: list[Metric] = []
+
+    def counter(self, *args: Any) -> Counter:
+        self.parts.append(made := super().counter(*args))
+        return made
+
+    def gauge(self, *args: Any) -> Gauge:
+        self.parts.append(made := super().gauge(*args))
+        return made
+
+    def histogram(self, *args: Any) -> Histogram:
+        self.parts.append(made := super().histogram(*args))
+        return made
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +47,10 @@ def dashboard() -> Any:
 @pytest.fixture(scope="module")
 def metrics() -> dict[str, Metric]:
     """The gateway's and the replica's metrics, by the names under which Ray exports them."""
-    parts = [*vars(GatewayMetrics()).values(), *vars(ReplicaMetrics()).values()]
-    return {RAY_PREFIX + part.info["name"]: part for part in parts if isinstance(part, Metric)}
+    made = _Made()
+    GatewayMetrics(made)
+    ReplicaMetrics(made)
+    return {RAY_PREFIX + part.info["name"]: part for part in made.parts}
 
 
 def test_every_query_asks_for_a_metric_that_exists(dashboard: Any, metrics: dict[str, Metric]) -> None:

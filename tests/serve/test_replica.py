@@ -15,8 +15,9 @@ from pipeline.engine.residents import ResidentExperts
 from pipeline.engine.runtime import load_expert, open_experts
 from pipeline.engine.token_bytes import TokenBytes
 from pipeline.errors import AdapterError, InferenceError, OverloadedError, UnknownModelError
+from pipeline.metrics import AnswerTimes
 from pipeline.package import ExpertPackage, open_package
-from pipeline.serve.local import AskTimes, LocalBackend
+from pipeline.serve.local import LocalBackend
 from pipeline.serve.messages import Ask, Delta, Ended, Event, Refused, Started
 from tests import tiny
 
@@ -277,7 +278,7 @@ def test_when_the_engine_is_gone_the_caller_is_told(own: Callable[..., LocalBack
 
 
 def test_the_times_of_requests_are_told(own: Callable[..., LocalBackend]) -> None:
-    told: list[AskTimes] = []
+    told: list[AnswerTimes] = []
     backend = own(watch=told.append)
     asyncio.run(all_events(backend, [ask(0), Ask("x", "json", {"prompt": ""})]))
     good, bad = sorted(told, key=lambda times: times.expert != "sql")
