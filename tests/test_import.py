@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+EXTRAS = ("langchain_core", "llama_index", "gradio", "opentelemetry", "prompt_toolkit")
 HEAVY = ("torch", "ray", "transformers", "peft", "pandas", "pyarrow")
 
 
@@ -29,7 +30,10 @@ def test_what_computes_nothing_knows_no_torch(modules: str) -> None:
 
 
 def test_the_engine_runs_without_ray() -> None:
-    assert "ray" not in modules_after("import pipeline.engine.runtime, pipeline.expert")
+    assert not modules_after("import pipeline.engine.runtime, pipeline.expert, pipeline.integrations") & {
+        "ray",
+        *EXTRAS,
+    }
 
 
 def test_import_pipeline_brings_in_nothing_but_the_standard_library() -> None:

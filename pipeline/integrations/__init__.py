@@ -1,0 +1,1 @@
+"""Experts as other libraries want them: `langchain`, `llamaindex` and `gradio`, each an extra, none imported here."""
