@@ -60,7 +60,9 @@ class PackageStore:
         MissingDependencyError: The package of the file system is not installed.
 
     Example:
-        >>> staged = PackageStore("/shared/experts").stage("expert-sql.expert")
+        >>> from pipeline import demo
+        >>> from pipeline.package import open_package
+        >>> staged = PackageStore(shared_folder).stage(demo.package("sql"))
         >>> open_package(staged.url).label
         'expert-sql@0.1.0'
     """

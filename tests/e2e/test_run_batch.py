@@ -1,6 +1,8 @@
 """`run_batch` on a real Ray: every kind of dataset, every row answered once, in order, and never twice."""
 
+import doctest
 import gzip
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -226,3 +228,9 @@ def test_foreign_and_nested_outputs_are_refused(job_options: dict[str, Any], que
     with pytest.raises(ConfigError, match="inside the dataset"):
         run_batch(**{**job_options, "dataset": str(questions.parent)}, output=questions.parent / "answers")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt"]
+
+
+def test_the_example_of_its_docstring() -> None:
+    tried = doctest.testmod(importlib.import_module("pipeline.batch.run"))
+    assert tried.attempted > 0
+    assert tried.failed == 0
