@@ -32,7 +32,7 @@ class Expert(Asker):
     The model is loaded at the first call that needs it, or by `warm_up`. Calls from any number of threads and tasks are
     answered together, in one running batch.
 
-    Example:
+    Examples:
         >>> from pipeline import Expert, demo
         >>> with Expert.load(demo.package("sql"), base_model=demo.BASE_MODEL) as expert:
         ...     expert.generate("List the name of all users.", schema="CREATE TABLE users (id INT, name TEXT);").text
@@ -142,7 +142,7 @@ class Expert(Asker):
         Raises:
             ExpertError: The expert cannot be loaded; or, with `raise_on_error`, a prompt cannot be answered.
 
-        Example:
+        Examples:
             >>> schema = "CREATE TABLE users (id INT, name TEXT);"
             >>> results = expert.generate_batch(["List the name of all users.", ""], schema=schema)
             >>> results[0].text, results[1].error.code
@@ -164,7 +164,7 @@ class Expert(Asker):
         Raises:
             As `generate`, at once or from the iteration; ConfigError with `engine="padded"`.
 
-        Example:
+        Examples:
             >>> schema = "CREATE TABLE users (id INT, name TEXT);"
             >>> stream = expert.generate_stream("List the name of all users.", schema=schema)
             >>> "".join(stream)

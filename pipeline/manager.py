@@ -33,7 +33,7 @@ class ExpertManager(Asker):
         device, dtype, quantization: For every expert that is not loaded with others; see `Expert.load`.
         base_model, models, cache_dir, metrics: See `Expert.load`; for every expert.
 
-    Example:
+    Examples:
         >>> from pipeline import ExpertManager, demo
         >>> with ExpertManager(base_model=demo.BASE_MODEL) as manager:
         ...     _ = manager.load_experts({name: demo.package(name) for name in ("sql", "json")})

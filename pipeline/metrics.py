@@ -82,7 +82,7 @@ class NullMetrics:
 class MemoryMetrics:
     """Keeps what it is told, in this process.
 
-    Example:
+    Examples:
         >>> metrics = MemoryMetrics()
         >>> tokens = metrics.counter("tokens_total", "Tokens.", ["expert"])
         >>> tokens.inc(3, {"expert": "sql"})

@@ -79,7 +79,7 @@ class Router:
     Raises:
         ManifestError: A router_hint is not one.
 
-    Example:
+    Examples:
         >>> from pipeline.package import Routing
         >>> sql = Routing(keywords=["table", "select"], exclude_keywords=["explain"], priority=0.8)
         >>> router = Router({"sql": sql, "json": Routing(keywords=["json"], router_hint="format=json OR extract")})

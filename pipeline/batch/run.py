@@ -64,7 +64,7 @@ def run_batch(
         JobFailedError: Workers failed; the same call continues.
         TooManyErrorsError: More rows have errors than `max_errors` or `max_error_rate` allow.
 
-    Example:
+    Examples:
         >>> from pipeline import demo, run_batch
         >>> schema = "CREATE TABLE users (id INT, name TEXT, city TEXT);"
         >>> rows = [{"prompt": "How many users are there per city?", "schema": schema}]

@@ -38,7 +38,7 @@ class ChatExpert(BaseChatModel):
         model: Which of the manager's experts; `"auto"` lets each prompt decide. Left out for an `Expert`.
         options: Options of every call; those of a call go before them.
 
-    Example:
+    Examples:
         >>> from pipeline import Expert, demo
         >>> from pipeline.integrations.langchain import ChatExpert
         >>> expert = Expert.load(demo.package("sql"), base_model=demo.BASE_MODEL)

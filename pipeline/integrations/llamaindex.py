@@ -53,7 +53,7 @@ class ExpertLLM(LLM):
         num_output: Tokens that LlamaIndex keeps free of them for the answer; the manifest's `max_new_tokens` of an
             `Expert`, or 256.
 
-    Example:
+    Examples:
         >>> from pipeline import Expert, demo
         >>> from pipeline.integrations.llamaindex import ExpertLLM
         >>> expert = Expert.load(demo.package("sql"), base_model=demo.BASE_MODEL)

@@ -59,7 +59,7 @@ class PackageStore:
         StoreError: There is no such file system.
         MissingDependencyError: The package of the file system is not installed.
 
-    Example:
+    Examples:
         >>> from pipeline import demo
         >>> from pipeline.package import open_package
         >>> staged = PackageStore(shared_folder).stage(demo.package("sql"))
