@@ -10,7 +10,6 @@ from gradio_client.exceptions import AppError
 from pipeline import Expert
 from pipeline.demo.questions import draw_questions
 
-
 QUESTION = next(iter(draw_questions("sql", 1)))
 
 
