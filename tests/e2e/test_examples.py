@@ -19,5 +19,5 @@ def test_the_batch_script(cluster: None, tmp_path: Path, capsys: pytest.CaptureF
         assert "prompt_too_long" in capsys.readouterr().err
     (part,) = (tmp_path / "answers").glob("part-*.parquet")
     answers = pd.read_parquet(part)
-    assert list(answers["team"]) == list(range(20))
+    assert list(answers["team"]) == [str(number) for number in range(20)]  # as CSV has it
     assert list(answers["text"].drop(1).unique()) == [ANSWER]
