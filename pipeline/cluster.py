@@ -12,6 +12,11 @@ OWN_NAMESPACE = "expert-pipeline"
 STDERR = 2
 
 
+def takes_gpu(device: str | None) -> bool:
+    """Whether an engine that is told this device uses a GPU where there is one."""
+    return device in (None, "auto") or device.startswith("cuda")
+
+
 def start_local(*, num_cpus: int | None = None) -> None:
     """Start a Ray that ends with this process.
 

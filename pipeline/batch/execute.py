@@ -26,6 +26,7 @@ from pipeline.batch.run_record import RunRecorder
 from pipeline.batch.shard_stats import ShardStats
 from pipeline.batch.shards import Shard
 from pipeline.batch.worker import ShardWorker, WorkerJob
+from pipeline.cluster import takes_gpu
 from pipeline.errors import ConfigError, ExpertError, JobFailedError
 from pipeline.ray_metrics import RayMetrics
 
@@ -153,7 +154,7 @@ def plan_workers(config: BatchConfig, cluster: Cluster, num_shards: int) -> Work
     """
     num_gpus = config.num_gpus
     if num_gpus is None:
-        num_gpus = 1.0 if cluster.num_gpus >= 1 and config.device in (None, "cuda") else 0.0
+        num_gpus = 1.0 if cluster.num_gpus >= 1 and takes_gpu(config.device) else 0.0
     count = config.num_workers or (max(1, int(cluster.num_gpus // num_gpus)) if num_gpus else 1)
     if config.max_workers is not None and config.num_workers is None:
         count = 1

@@ -178,8 +178,13 @@ def _num_gpus(config: ServeConfig) -> float:
         return config.replicas.num_gpus
     import ray
 
-    wants_gpu = config.device is None or config.device.startswith("cuda")
-    return 1.0 if wants_gpu and ray.is_initialized() and ray.cluster_resources().get("GPU", 0.0) >= 1 else 0.0
+    from pipeline.cluster import takes_gpu
+
+    return (
+        1.0
+        if takes_gpu(config.device) and ray.is_initialized() and ray.cluster_resources().get("GPU", 0.0) >= 1
+        else 0.0
+    )
 
 
 def _listening_host(planned: str) -> str:

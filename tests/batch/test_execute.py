@@ -32,6 +32,8 @@ def config(**options: Any) -> BatchConfig:
         (GPU_BOX, {"num_gpus": 2}, Workers(2, 1, 2, None, 2)),
         (GPU_BOX, {"num_workers": 3}, Workers(3, 1, 1, None, 3)),
         (GPU_BOX, {"max_workers": 3}, Workers(1, 1, 1, None, 3)),
+        (GPU_BOX, {"device": "auto"}, Workers(4, 1, 1, None, 4)),
+        (GPU_BOX, {"device": "cuda"}, Workers(4, 1, 1, None, 4)),
         (GPU_BOX, {"device": "cpu"}, Workers(1, 1, 0, 32, 1)),
     ],
 )
