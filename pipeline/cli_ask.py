@@ -27,7 +27,7 @@ MaxTokensOption = Annotated[int | None, typer.Option(help="At most this many tok
 
 def add_ask_commands(app: typer.Typer) -> None:
     """Add the commands of this module to the program."""
-    for command in (generate, chat):
+    for command in (generate, chat, bench):
         app.command()(command)
 
 
@@ -135,3 +135,57 @@ def _load(manager: Any, package: str, trust: Trust) -> str:
         raise ConfigError(f"two packages are called {name}", hint="Give one of them.")
     manager.load_expert(name, package, trust=trust.value)
     return name
+
+
+def bench(
+    package: PackageArgument,
+    prompt: Annotated[str, typer.Option(help="What is asked.")] = "List all users.",
+    schema: SchemaOption = None,
+    base_model: BaseModelOption = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of each answer, exactly.", min=1)] = 64,
+    batches: Annotated[str, typer.Option(help="How many prompts at a time, by commas.")] = "1,8,32",
+    trust: TrustOption = Trust.any,
+    device: DeviceOption = None,
+    quantization: QuantizationOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Measure how fast an expert answers here: one prompt, and many at a time.
+
+    Example: expert bench expert-sql.expert --schema @schema.sql --batches 1,16,128
+    """
+    with errors_on_exit("interrupted"):
+        from dataclasses import asdict
+
+        from rich.console import Console
+        from rich.table import Table
+
+        from pipeline.expert import Expert
+        from pipeline.speed import measure_speed
+
+        try:
+            sizes = [int(size) for size in batches.split(",")]
+        except ValueError as error:
+            raise ConfigError(f"--batches {batches!r} is not numbers", hint="Write for example 1,8,32.") from error
+        if min(sizes) < 1:
+            raise ConfigError(f"--batches {batches!r} has a number below 1", hint="Write for example 1,8,32.")
+        loaded = Expert.load(
+            package, device=device, base_model=base_model, quantization=quantization, trust=trust.value
+        )
+        with loaded as expert:
+            text = text_or_file(schema)
+            speeds = list(measure_speed(expert, prompt, schema=text, max_tokens=max_tokens, batches=sizes))
+        if as_json:
+            typer.echo(json.dumps([asdict(speed) for speed in speeds], indent=2))
+            return
+        table = Table(box=None, padding=(0, 3, 0, 0))
+        for name in ("prompts", "seconds", "first token", "prompts/s", "tokens/s"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for speed in speeds:
+            table.add_row(
+                f"{speed.num_prompts:,}",
+                f"{speed.seconds:,.2f}",
+                f"{speed.first_token_seconds * 1000:,.0f} ms",
+                f"{speed.prompts_per_second:,.1f}",
+                f"{speed.tokens_per_second:,.0f}",
+            )
+        Console().print(table)

@@ -121,3 +121,23 @@ def test_exit_codes_and_completion() -> None:
     asked = {"_EXPERT_COMPLETE": "complete_bash", "COMP_WORDS": "expert ge", "COMP_CWORD": "1"}
     completed = CliRunner().invoke(app, [], prog_name="expert", env=asked)
     assert completed.stdout.split() == ["generate"]
+
+
+def test_bench_measures_one_prompt_and_many() -> None:
+    command = ["bench", PACKAGES[0], *OPTIONS, "--schema", QUESTION.schema, "--max-tokens", "6", "--batches", "1,3"]
+    done = CliRunner().invoke(app, [*command, "--json"])
+    assert done.exit_code == 0, done.output
+    one, many = json.loads(done.output)
+    assert (one["num_prompts"], many["num_prompts"]) == (1, 3)
+    assert (one["completion_tokens"], many["completion_tokens"]) == (6, 18)
+    for speed in (one, many):
+        assert 0 < speed["first_token_seconds"] <= speed["seconds"]
+    shown = CliRunner().invoke(app, command)
+    assert re.search(r"first token.*\n +1 .* ms .*\n +3 .* ms ", shown.output), shown.output
+
+
+@pytest.mark.parametrize("batches", ["many", "0,8", ""])
+def test_bench_says_what_batches_are(batches: str) -> None:
+    done = CliRunner().invoke(app, ["bench", PACKAGES[0], *OPTIONS, "--batches", batches])
+    assert done.exit_code == 2
+    assert "Write for example 1,8,32." in done.output
