@@ -1,0 +1,71 @@
+"""Errors of other libraries are translated where they are met: ours say what to do, theirs is the cause."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import SafetensorError
+
+from pipeline import Expert, demo
+from pipeline.batch.cluster import connect
+from pipeline.batch.config import BatchConfig
+from pipeline.batch.plan import open_experts, prepare
+from pipeline.engine.runtime import load_engine
+from pipeline.errors import BaseModelError, BatchError, ConfigError, DatasetError, ExpertError, LoadError
+
+
+def base_model(folder: Path, change: Callable[[Path], Any]) -> Path:
+    copy = Path(shutil.copytree(demo.BASE_MODEL, folder / "base"))
+    change(copy)
+    return copy
+
+
+def of_an_unknown_type(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "no_such_model"}))
+
+
+def cut_off(model: Path) -> None:
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+
+
+def plan(folder: Path, dataset: str, **options: Any) -> None:
+    given = {"expert": str(demo.package("sql")), "base_model": str(demo.BASE_MODEL), "output": str(folder / "out")}
+    config = BatchConfig.from_options(dataset=dataset, **given, **options)
+    prepare(config, open_experts(config))
+
+
+def no_parquet(folder: Path) -> None:
+    (folder / "x.parquet").write_bytes(b"PAR1" + bytes(range(64)) + (64).to_bytes(4, "little") + b"PAR1")
+    plan(folder, str(folder / "x.parquet"))
+
+
+CASES: list[tuple[str, Callable[[Path], Any], type[ExpertError], type[BaseException]]] = [
+    ("torch", lambda _: load_engine(demo.BASE_MODEL, device="abacus"), ConfigError, RuntimeError),
+    ("transformers", lambda at: load_engine(base_model(at, of_an_unknown_type)), BaseModelError, ValueError),
+    ("safetensors", lambda at: load_engine(base_model(at, cut_off)), BaseModelError, SafetensorError),
+    ("pyarrow", no_parquet, DatasetError, OSError),
+    ("fsspec, a package", lambda _: Expert.load("abacus://bucket/x.expert"), LoadError, ValueError),
+    ("fsspec, a dataset", lambda at: plan(at, "abacus://bucket/x.parquet"), DatasetError, ValueError),
+    ("http", lambda _: Expert.load("http://127.0.0.1:9/x.expert"), LoadError, OSError),
+]
+
+
+@pytest.mark.parametrize(("meet", "kind", "cause"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+def test_a_foreign_error_is_ours_and_its_cause_is_kept(
+    tmp_path: Path, meet: Callable[[Path], Any], kind: type[ExpertError], cause: type[BaseException]
+) -> None:
+    with pytest.raises(kind) as caught:
+        meet(tmp_path)
+    assert isinstance(caught.value.__cause__, cause)
+    assert caught.value.hint
+
+
+def test_a_ray_that_is_not_there() -> None:
+    with pytest.raises(BatchError, match=r"no Ray cluster answers at 127\.0\.0\.1:9") as caught:
+        connect("127.0.0.1:9")
+    assert "ray start" in str(caught.value.hint)
