@@ -1,4 +1,4 @@
-"""Errors of other libraries are translated where they are met: ours say what to do, theirs is the cause."""
+"""Errors of other libraries: ours say what to do, theirs is the cause. Ray's are in `e2e/test_cluster.py`."""
 
 import json
 import shutil
@@ -10,11 +10,10 @@ import pytest
 from safetensors import SafetensorError
 
 from pipeline import Expert, demo
-from pipeline.batch.cluster import connect
 from pipeline.batch.config import BatchConfig
 from pipeline.batch.plan import open_experts, prepare
 from pipeline.engine.runtime import load_engine
-from pipeline.errors import BaseModelError, BatchError, ConfigError, DatasetError, ExpertError, LoadError
+from pipeline.errors import BaseModelError, ConfigError, DatasetError, ExpertError, LoadError
 
 
 def base_model(folder: Path, change: Callable[[Path], Any]) -> Path:
@@ -63,9 +62,3 @@ def test_a_foreign_error_is_ours_and_its_cause_is_kept(
         meet(tmp_path)
     assert isinstance(caught.value.__cause__, cause)
     assert caught.value.hint
-
-
-def test_a_ray_that_is_not_there() -> None:
-    with pytest.raises(BatchError, match=r"no Ray cluster answers at 127\.0\.0\.1:9") as caught:
-        connect("127.0.0.1:9")
-    assert "ray start" in str(caught.value.hint)

@@ -1,4 +1,4 @@
-"""The README's command that serves: it answers the README's questions, and at its end finishes what it has begun."""
+"""The command that serves: it answers the questions of its guide, and at its end finishes what it has begun."""
 
 import asyncio
 import re
@@ -14,11 +14,12 @@ import httpx
 import pytest
 
 from benchmarks.replies import MalformedReplyError, Reply, ask, stream_events, text_of
+from tests.documents import of_language
 from tests.e2e.processes import running, wait_until
 from tests.e2e.serving import LONG, SCHEMA, SECONDS
-from tests.readme import BLOCKS, CONSOLE
+from tests.readme import CONSOLE
 
-ADDRESS = "http://127.0.0.1:8000"  # as the README has it
+ADDRESS = "http://127.0.0.1:8000"  # as the guide has it
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,11 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
         yield Command(process, addresses()[0], log)
 
 
-def test_it_answers_the_readmes_questions(command: Command) -> None:
-    (curl,) = (code for language, code in BLOCKS if language == "console" and code.startswith("curl "))
-    (client,) = (code for language, code in BLOCKS if language == "py")
+def test_it_answers_the_guides_questions(command: Command) -> None:
+    curl, client = (
+        next(block.code for block in of_language(language) if block.page == "docs/guides/online.md")
+        for language in ("sh", "py")
+    )
     for program in (["/bin/sh", "-c", curl], [sys.executable, "-c", client]):
         asked = [part.replace(ADDRESS, command.url) for part in program]
         done = subprocess.run(asked, capture_output=True, text=True, timeout=SECONDS, check=False)
