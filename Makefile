@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PEERS := build/peers
 FUZZ_SECONDS := 300
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
@@ -37,7 +38,7 @@ format: $(STAMP)  ## format the code and apply safe lint fixes
 
 # Two processes: one starts the clusters and waits for them, the other does what needs none.
 test: $(STAMP)  ## run all tests
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(PYTEST)
 
 fuzz: $(STAMP)  ## feed damaged archives, manifests and tensors to the readers, FUZZ_SECONDS for each (300)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt atheris
@@ -71,7 +72,7 @@ docs: $(STAMP)  ## build the documentation into build/site, strictly
 
 # What runs in processes of its own (Ray's workers, the commands) is not seen, and not counted.
 coverage: $(STAMP)  ## run all tests and say how much of the code they run
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder \
+	$(PYTEST) \
 	  --cov=pipeline --cov-report=term:skip-covered --cov-report=html:build/coverage --cov-fail-under=85
 
 notebooks: $(STAMP)  ## run the notebooks from top to bottom and keep what they print and draw

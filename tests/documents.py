@@ -17,11 +17,13 @@ class Block:
     code: str
 
 
-BLOCKS = tuple(
-    Block(str(path.relative_to(PROJECT)), language, code)
-    for path in PAGES
-    for language, code in re.findall(r"^```(\w+)\n(.*?)^```$", path.read_text("utf-8"), re.MULTILINE | re.DOTALL)
-)
+def blocks_of(path: Path) -> list[Block]:
+    """The blocks of code of a page, in order."""
+    found = re.findall(r"^```(\w+)\n(.*?)^```$", path.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    return [Block(str(path.relative_to(PROJECT)), language, code) for language, code in found]
+
+
+BLOCKS = tuple(block for path in PAGES for block in blocks_of(path))
 
 
 def of_language(language: str) -> list[Block]:

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from tests.readme import CONSOLE, PROJECT, PYTHON, README
+from tests.documents import PROJECT
+from tests.readme import CONSOLE, PYTHON, README
 
 
 def test_it_has_code_to_run() -> None:

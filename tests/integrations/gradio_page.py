@@ -9,13 +9,14 @@ from gradio_client.exceptions import AppError
 
 from pipeline import Expert
 from pipeline.demo.questions import draw_questions
+from tests.test_examples import example
 
 QUESTION = next(iter(draw_questions("sql", 1)))
 
 
 @pytest.fixture(scope="module")
 def client(expert: Expert) -> Iterator[Client]:
-    page = expert.to_gradio(schema=QUESTION.schema)
+    page = example("gradio_page").page(expert)
     _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1", share=False)
     try:
         yield Client(address, verbose=False)
