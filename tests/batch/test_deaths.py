@@ -21,6 +21,8 @@ from pipeline.storage.local import LocalStorage
 from tests.batch.deaths import Death, Drivers, drivers, labels
 from tests.batch.outputs import contents, memory_folder
 
+PAGE = Path(__file__).parents[2] / "docs" / "exactly-once.md"
+STEP = re.compile(r"`((?:open|os\.\w+) [^`]+)`")
 IDS = [f"row {number}" for number in range(10)]
 
 
@@ -70,6 +72,23 @@ def test_a_job_in_the_place_of_another(server: Drivers, folder: Path) -> None:
     other = options(folder, "another", dataset=str(folder / "other.parquet"), shard_rows=2)
     assert server.run(other).signal == 0
     die_everywhere(server, folder, "another", errors=1, overwrite=True)
+
+
+def test_the_page_lists_every_step(server: Drivers, folder: Path) -> None:
+    taken = [steps(server, folder, "listed")]
+    taken.append(steps(server, folder, "listed", mended=True, retry_errors=True))
+    steps(server, folder, "replaced", dataset=str(folder / "other.parquet"), shard_rows=2)
+    taken.append(steps(server, folder, "replaced", overwrite=True))
+    sections = PAGE.read_text().split("\n### ")[1:]
+    assert [set(STEP.findall(section.partition("\n## ")[0])) for section in sections] == taken
+
+
+def steps(server: Drivers, folder: Path, output: str, *, mended: bool = False, **more: Any) -> set[str]:
+    """What an undisturbed run does to its disk, as the page has it."""
+    life = server.run(options(folder, output, **more), mended=mended)
+    assert life.signal == 0
+    named = [re.sub(r"(_lease|_errors)/.*", r"\1/*", label) for label in labels(life.steps)]
+    return {re.sub(r"(?<=part-)\d+|(?<=_commits/)\d+", "00000", label) for label in named}
 
 
 def die_everywhere(server: Drivers, folder: Path, name: str, *, errors: int, mended: bool = False, **more: Any) -> None:
