@@ -11,7 +11,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from benchmarks.serve_load import closed_loop, summary
 from pipeline.openai_api.protocol import read_call
 from pipeline.serve.config import ServeConfig
 from pipeline.serve.limits import LimitsConfig
-from pipeline.serve.messages import Ask, Delta, Ended, Refused
+from pipeline.serve.messages import Ask, Delta, Ended, Event, Refused
 from pipeline.serve.run import APPLICATION, run_service
 
 MARK = "measured: "
@@ -38,13 +38,14 @@ class Caller:
     def __init__(self, asks: Sequence[Ask]) -> None:
         from ray import serve
 
+        from pipeline.serve.gateway import calls
+
         deployments = serve.status().applications[APPLICATION].deployments
         (name,) = (name for name in deployments if name != GATEWAY)
         handle = serve.get_deployment_handle(name, APPLICATION)
-        self._handles: dict[str, Any] = {
-            expert: handle.options(method_name="ask_gathered", stream=True, multiplexed_model_id=expert)
-            for expert in {ask.expert for ask in asks}
-        }
+        experts = {ask.expert for ask in asks}
+        self._streams = calls(dict.fromkeys(experts, handle), "ask_gathered", stream=True)
+        self._wholes = calls(dict.fromkeys(experts, handle), "ask_whole", stream=False)
         self._asks = asks
 
     async def send(self, number: int) -> Outcome:
@@ -54,7 +55,7 @@ class Caller:
         first: float | None = None
         error: str | None = CUT_OFF
         output_tokens = 0
-        async for events in self._handles[ask.expert].remote(ask):
+        async for events in self._arriving(ask):
             for event in events:
                 match event:
                     case Delta(text=text) if text and first is None:
@@ -64,6 +65,13 @@ class Caller:
                     case Refused(code=code):
                         error = code
         return Outcome(number, begun, time.monotonic() - begun, first, None, error, output_tokens)
+
+    async def _arriving(self, ask: Ask) -> AsyncIterator[list[Event]]:
+        if ask.is_streamed:
+            async for events in self._streams[ask.expert].remote(ask):
+                yield events
+        else:
+            yield await self._wholes[ask.expert].remote(ask)
 
 
 def as_ask(number: int, body: Mapping[str, Any]) -> Ask:

@@ -3,8 +3,8 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Iterable, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -64,10 +64,9 @@ class HandleBackend:
 
     def __init__(self, handles: Mapping[str, "DeploymentHandle[Any]"]) -> None:
         self._deployments = list({handle.deployment_name: handle for handle in handles.values()}.values())
-        self._handles = {
-            name: handle.options(method_name="ask_gathered", stream=True, multiplexed_model_id=name)
-            for name, handle in handles.items()
-        }
+        # A stream costs two or three messages more: where the client waits for the whole, so does the gateway.
+        self._streams = calls(handles, "ask_gathered", stream=True)
+        self._wholes = calls(handles, "ask_whole", stream=False)
 
     async def ask(self, ask: Ask) -> AsyncGenerator[Event, None]:
         """Answer one request.
@@ -82,7 +81,7 @@ class HandleBackend:
             left = None if until is None else max(until - time.monotonic(), 0.0)
             has_text = has_ended = False
             try:
-                async with _cancelled_at_end(self._handles[ask.expert].remote(replace(ask, deadline=left))) as arriving:
+                async with aclosing(self._arriving(replace(ask, deadline=left))) as arriving:
                     async for events in arriving:
                         for event in events:
                             has_text = has_text or isinstance(event, Delta | Ended)
@@ -103,6 +102,19 @@ class HandleBackend:
             else:
                 return
             await asyncio.sleep(RETRY_SECONDS * 2 ** (attempt - 1))
+
+    async def _arriving(self, ask: Ask) -> AsyncGenerator[list[Event], None]:
+        """What a replica answers; closed before its end, the replica is told to stop."""
+        called = (self._streams if ask.is_streamed else self._wholes)[ask.expert].remote(ask)
+        try:
+            if ask.is_streamed:
+                async for events in called:
+                    yield events
+            else:
+                yield await called
+        except BaseException:
+            called.cancel()
+            raise
 
     async def warm_up(self) -> None:
         """Wait for a replica of every base model, so that no client pays for the first call."""
@@ -194,14 +206,18 @@ class Gateway:
         return self._in_flight.total
 
 
-@asynccontextmanager
-async def _cancelled_at_end(arriving: Any) -> AsyncGenerator[AsyncIterator[list[Event]], None]:
-    """What a replica answers; left before its end, the replica is told to stop."""
-    try:
-        yield arriving
-    except BaseException:
-        arriving.cancel()
-        raise
+def calls(handles: Mapping[str, "DeploymentHandle[Any]"], method: str, *, stream: bool) -> dict[str, Any]:
+    """For each expert, what calls a method of a replica, if possible of one that holds that expert.
+
+    Args:
+        handles: The deployment of replicas that answers, for each expert.
+        method: Of `pipeline.serve.replica.ExpertReplica`.
+        stream: Whether it answers piece by piece.
+    """
+    return {
+        name: handle.options(method_name=method, stream=stream, multiplexed_model_id=name)
+        for name, handle in handles.items()
+    }
 
 
 def _is_own_mistake(error: Exception) -> bool:

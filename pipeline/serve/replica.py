@@ -114,6 +114,11 @@ class ExpertReplica:
             async for events in gathered:
                 yield events
 
+    async def ask_whole(self, ask: Ask) -> list[Event]:
+        """As `ask`, all events at the end: one message, for a client that waits for the whole answer."""
+        async with aclosing(self.ask(ask)) as events:
+            return [event async for event in events]
+
     async def stats(self) -> "EngineStats":
         """What the engine is doing."""
         return self._backend.experts.engine.stats()

@@ -23,6 +23,14 @@ APPLICATION = "expert"
 READY_SECONDS = 120.0
 LOOK_SECONDS = 0.1
 CALL_SECONDS = 10.0
+# For Serve's processes: calls go straight from one to the next, and one event loop in each does everything.
+SERVE_SETTINGS = {
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
+}
 ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -69,11 +77,13 @@ def run_service(config: ServeConfig, say: Callable[[str], None], phases: StartPh
     with ThreadPoolExecutor(1) as pool:
         planned = pool.submit(_plan, config)  # the packages are read while Ray starts
         import ray
+        import ray.serve  # reads the environment for this process, before what is for others is added to it
 
         from pipeline.cluster import native_output_dropped, silence, start_local
 
         phases.done("import Ray")
-        os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+        for name, value in SERVE_SETTINGS.items():
+            os.environ.setdefault(name, value)
         silence()
         try:
             start_local()

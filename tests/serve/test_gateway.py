@@ -1,7 +1,7 @@
 """What the gateway makes of replicas that are lost, at each point of an answer."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Generator, Sequence
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ STARTED, TEXT, END = Started(3), Delta("a"), Ended("stop", 1)
 
 
 class Call:
-    """A call that brings events, and then a dead replica, or its end."""
+    """A call that brings events, one after another or all together, and then a dead replica, or its end."""
 
     def __init__(self, events: Sequence[Event], *, dies: bool) -> None:
         self._events = events
@@ -26,6 +26,12 @@ class Call:
             yield [event]
         if self._dies:
             raise ActorDiedError
+
+    def __await__(self) -> Generator[Any, None, list[Event]]:
+        return self._whole().__await__()
+
+    async def _whole(self) -> list[Event]:
+        return [event async for events in self for event in events]
 
     def cancel(self) -> None:
         """Nothing goes on."""
@@ -46,11 +52,11 @@ class Handle:
         return self.calls.pop(0)
 
 
-def events_of(handle: Handle) -> list[Event]:
+def events_of(handle: Handle, *, is_streamed: bool = True) -> list[Event]:
     backend = HandleBackend({"sql": handle})  # type: ignore[dict-item]
 
     async def gather() -> list[Event]:
-        return [event async for event in backend.ask(Ask("1", "sql", {}))]
+        return [event async for event in backend.ask(Ask("1", "sql", {}, is_streamed=is_streamed))]
 
     return asyncio.run(gather())
 
@@ -70,3 +76,9 @@ def test_an_answer_that_has_begun_is_lost() -> None:
 
 def test_an_answer_that_has_ended_is_whole_though_its_replica_dies() -> None:
     assert events_of(Handle(Call([STARTED, TEXT, END], dies=True))) == [STARTED, TEXT, END]
+
+
+def test_an_answer_that_was_to_come_whole_is_asked_again_wherever_its_replica_dies() -> None:
+    handle = Handle(Call([STARTED, TEXT], dies=True), Call([STARTED, TEXT, END], dies=False))
+    assert events_of(handle, is_streamed=False) == [STARTED, TEXT, END]
+    assert handle.calls == []
