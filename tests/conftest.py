@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.profiles import load_profile
+from tests.raised_errors import RaisedErrors
 
 END_TO_END = Path(__file__).parent / "e2e"
 
@@ -19,6 +20,13 @@ os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # the matrices of tests are small: a second thread waits longer than it works
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Take note of the errors that are made from here on."""
+    raised = RaisedErrors(config)
+    config.pluginmanager.register(raised, "raised-errors")
+    raised.watch()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

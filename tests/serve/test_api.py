@@ -15,6 +15,7 @@ import pytest
 
 from pipeline.errors import InvalidRequestError, ReplicaLostError
 from pipeline.serve.api import make_api
+from pipeline.serve.in_flight import InFlight
 from pipeline.serve.keys import KeyRing, key_hash
 from pipeline.serve.limits import LimitsConfig
 from pipeline.serve.messages import Ask, Delta, Ended, Event, Refused, Started, TokenText
@@ -450,6 +451,20 @@ def test_too_many_requests_are_refused_and_room_is_given_back(start: Any) -> Non
         assert gateway.client.get("/health").status_code == 200
         assert [one.result().status_code for one in running] == [504, 504]
     assert gateway.chat(timeout=0.1).status_code == 504
+
+
+def test_a_service_that_ends_finishes_what_was_begun_and_takes_no_more(start: Any) -> None:
+    limits = LimitsConfig()
+    in_flight = InFlight(limits)
+    gateway = start(silent, limits=limits, in_flight=in_flight)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(gateway.chat, timeout=1.0)
+        wait_until(lambda: gateway.backend.num_open == 1)
+        in_flight.close()
+        refused = gateway.chat()
+        assert (refused.status_code, error_of(refused)["code"]) == (503, "shutting_down")
+        assert running.result().status_code == 504  # at its own deadline
+    assert in_flight.total == 0
 
 
 def test_one_keys_requests_do_not_stand_in_anothers_way(start: Any) -> None:
