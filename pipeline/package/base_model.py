@@ -143,7 +143,7 @@ def _try(origin: str, place: str, is_named: bool, tried: list[str], cache_dir: P
             tried.append(f"{origin} {place}: {problem.message}")
             return None
     folder = Path(place).expanduser() if is_named else Path(place)
-    reason = why_no_model(folder)
+    reason = (None if is_named else _why_not_followed(place)) or why_no_model(folder)
     if reason is None:
         return FoundBaseModel(folder, str(folder.resolve()))
     tried.append(f"{origin} {place}: {reason}")
@@ -161,6 +161,15 @@ def _try(origin: str, place: str, is_named: bool, tried: list[str], cache_dir: P
         tried.append(f"{origin} Hugging Face {hub_id}: {reason}")
         return None
     return FoundBaseModel(snapshot, str(snapshot.resolve()))
+
+
+def _why_not_followed(name: str) -> str | None:
+    """Why a name that a stranger's manifest gives is not looked up on this machine; None where it may be."""
+    if "://" in name:
+        return "a URL, which is not followed"
+    if ".." in re.split(r"[/\\]", name):
+        return "leads out of where it stands, and is not followed"
+    return None
 
 
 def model_files(folder: Path) -> list[Path]:

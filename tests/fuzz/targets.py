@@ -16,7 +16,8 @@ from pipeline.package.limits import ArchiveLimits
 from pipeline.package.manifest_reader import read_manifest
 from pipeline.package.weights import read_safetensors_header
 from tests.package.expert_fixtures import expert_files, tar, weights
-from tests.package.hostile_cases import ARCHIVES, PACKAGES, ZIPS, zipped, zst
+from tests.package.hostile_archives import ARCHIVES, ZIPS, zipped, zst
+from tests.package.hostile_packages import PACKAGES
 
 LIMITS = ArchiveLimits(total_bytes=1 << 20, file_bytes=1 << 20, members=100, path_length=200, depth=8)
 _GZIP, _PLAIN = b"\x1f\x8b", b"tar:"
