@@ -185,6 +185,11 @@ def read_adapter_config(data: bytes, *, source: str) -> tuple[AdapterConfig, tup
         config = AdapterConfig.model_validate(allowed)
     except ValidationError as problem:
         problems += [(path[:1], message) for path, message in problems_of(problem)]
+    if config is not None and any(
+        isinstance(rank, int) == (peft_type == "ADALORA") for rank in config.rank_pattern.values()
+    ):
+        wanted = "arrays of true and false" if peft_type == "ADALORA" else "whole numbers"
+        problems.append((("rank_pattern",), f"Input should hold {wanted}"))
     hint = "Save the adapter again with PEFT, without these fields, and pack it."
     refuse(document, list(dict.fromkeys(problems)), error=AdapterError, message=f"{name} cannot be used", hint=hint)
     if config is None:

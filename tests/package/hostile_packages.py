@@ -52,6 +52,16 @@ def safetensors(**changes: Any) -> Callable[[], dict[str, bytes]]:
     return files(adapter_model__safetensors=weights(**changes))
 
 
+def of_method(config: dict[str, Any], **shapes: tuple[int, ...]) -> Callable[[], dict[str, bytes]]:
+    """An adapter of another method, with these parts for one module."""
+    return files(
+        adapter_config__json=config | {"target_modules": ["q_proj"]},
+        adapter_model__safetensors=bytes(
+            save({f"{PREFIX}.{part}": np.zeros(shape, "f4") for part, shape in shapes.items()})
+        ),
+    )
+
+
 def no_number(value: float) -> Callable[[], dict[str, bytes]]:
     down = tensors()[f"{PREFIX}.lora_A.weight"].copy()
     down[1, 2] = value
@@ -169,6 +179,36 @@ PACKAGES: list[tuple[str, Callable[[], dict[str, bytes]], str, str]] = [
     ("55 rank", safetensors(lora_A=np.zeros((5, 8), "f4"), lora_B=np.zeros((8, 5), "f4")), "AdapterError", "rank 5"),
     ("55 two ranks", safetensors(lora_A=np.zeros((5, 8), "f4")), "AdapterError", "do not belong together"),
     ("55 integers", safetensors(lora_A=np.zeros((4, 8), "i4")), "AdapterError", "dtype I32"),
+    (
+        "55 shape of an ia3 vector",
+        of_method({"peft_type": "IA3", "feedforward_modules": ["q_proj"]}, ia3_l=(8, 1)),
+        "AdapterError",
+        "ia3_l: shape [8, 1], adapter_config.json says [1, 8]",
+    ),
+    (
+        "55 shape of a lokr factor",
+        of_method({"peft_type": "LOKR", "r": 8}, lokr_w1=(2, 4), lokr_w2=(4, 2)),
+        "AdapterError",
+        "lokr_w1: shape [2, 4], adapter_config.json says [2, 2]",
+    ),
+    (
+        "55 shape of adalora values",
+        of_method({"peft_type": "ADALORA", "init_r": 4}, lora_A=(4, 8), lora_B=(8, 4), lora_E=(1, 4)),
+        "AdapterError",
+        "lora_E: shape [1, 4], adapter_config.json says [4, 1]",
+    ),
+    (
+        "55 rank pattern of the wrong kind",
+        of_method({"peft_type": "ADALORA", "rank_pattern": {"q_proj": 4}}, lora_A=(12, 8)),
+        "AdapterError",
+        "rank_pattern: Input should hold arrays",
+    ),
+    (
+        "56 another base of an ia3 adapter",
+        of_method({"peft_type": "IA3", "feedforward_modules": []}, ia3_l=(9, 1)),
+        "AdapterError",
+        "ia3_l: shape [9, 1], for the base model's [8, 8] it would be [8, 1]",
+    ),
     (
         "56 another base",
         safetensors(lora_A=np.zeros((4, 16), "f4")),
