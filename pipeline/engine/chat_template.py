@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any, TypeVar
 
-from transformers.utils import chat_template_utils
-
 from pipeline.errors import TokenizerError
 from pipeline.package.bounded_template import BoundedTemplate
 
@@ -58,9 +56,9 @@ class ChatTemplate:
         Raises:
             TokenizerError: As `render`; or the tokenizer cannot tell such a control token from its text.
         """
-        marked: Any = chat_template_utils.mark_control_tokens(
-            [dict(message) for message in messages], self._control_tokens
-        )
+        from transformers.utils.chat_template_utils import mark_control_tokens
+
+        marked: Any = mark_control_tokens([dict(message) for message in messages], self._control_tokens)
         text = self.render(marked, add_generation_prompt=add_generation_prompt)
         try:
             encoded = self._tokenizer(text, add_special_tokens=False, sanitize_control_tokens=True)
@@ -100,4 +98,6 @@ class ChatTemplate:
 @lru_cache(maxsize=64)
 def _compiled(text: str) -> BoundedTemplate:
     """The template in the environment that transformers gives to any; it would compute constants without bounds."""
-    return BoundedTemplate(text, like=chat_template_utils._compile_jinja_template("").environment)
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    return BoundedTemplate(text, like=_compile_jinja_template("").environment)
