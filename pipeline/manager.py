@@ -31,7 +31,7 @@ class ExpertManager(Asker):
     Args:
         max_loaded_experts: At most this many experts are loaded, over all base models; None for any number.
         device, dtype, quantization: For every expert that is not loaded with others; see `Expert.load`.
-        base_model, models, cache_dir, metrics: See `Expert.load`; for every expert.
+        base_model, models, cache_dir, metrics, storage_options: See `Expert.load`; for every expert.
 
     Examples:
         >>> from pipeline import ExpertManager, demo
@@ -59,6 +59,7 @@ class ExpertManager(Asker):
         models: Mapping[str, str] | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         metrics: Metrics | None = None,
+        storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         if max_loaded_experts is not None and max_loaded_experts < 1:
             raise ConfigError(f"max_loaded_experts is {max_loaded_experts}", hint="Give 1 or more, or None.")
@@ -70,6 +71,7 @@ class ExpertManager(Asker):
             base_model=base_model,
             models=models,
             cache_dir=None if cache_dir is None else Path(cache_dir),
+            storage_options=storage_options,
         )
 
     @property
