@@ -386,7 +386,7 @@ def _weight(value: Any, most: int) -> int:
             left.extend(item)
             left.extend(item.values())
         elif isinstance(item, Namespace):
-            left.append(item._Namespace__attrs)  # type: ignore[attr-defined]  # what its text shows
+            left.append(item._Namespace__attrs)  # what its text shows
     return total
 
 
