@@ -64,8 +64,8 @@ def attempt(case: Case, root: Path) -> dict[str, Any]:
     except BaseException as problem:  # noqa: BLE001  # is what the test is about
         error, text = f"foreign {type(problem).__name__}", str(problem)[:500]
     seconds = time.perf_counter() - begun
-    unpacked = "cache/packages/"
-    after = {name: data for name, data in tree(root).items() if not name.startswith(unpacked) or name in before}
+    cached = ("cache/packages/", "cache/archives/")  # packages, and notes of what was opened
+    after = {name: data for name, data in tree(root).items() if not name.startswith(cached) or name in before}
     left = [path.name for path in (cache / "packages").glob(".*")] if (cache / "packages").is_dir() else []
     return {
         "case": case.name,

@@ -231,6 +231,18 @@ PACKAGES: list[tuple[str, Callable[[], dict[str, bytes]], str, str]] = [
         "a pickle",
     ),
     (
+        "60 pattern of modules that runs away",
+        files(adapter_config__json=ADAPTER_CONFIG | {"target_modules": r"(.*\..*)*_proj"}),
+        "AdapterError",
+        "target_modules: Input is a regular expression that could take time without end",
+    ),
+    (
+        "60 pattern of ranks that runs away",
+        files(adapter_config__json=ADAPTER_CONFIG | {"rank_pattern": {"(q|q_|_)+proj": 4}}),
+        "AdapterError",
+        "rank_pattern: Input is a regular expression that could take time without end",
+    ),
+    (
         "60 auto_mapping",
         files(
             adapter_config__json=ADAPTER_CONFIG | {"auto_mapping": {"base_model_class": "x", "parent_library": "os"}}
