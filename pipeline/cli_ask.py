@@ -11,6 +11,7 @@ import typer
 from pipeline.cli_common import (
     BaseModelOption,
     PackageArgument,
+    RollbackOption,
     StorageOption,
     Trust,
     TrustOption,
@@ -54,6 +55,7 @@ def generate(
         str | None, typer.Option(help="left or right: cut a prompt that is too long at that side.")
     ] = None,
     trust: TrustOption = Trust.any,
+    allow_rollback: RollbackOption = False,
     device: DeviceOption = None,
     quantization: QuantizationOption = None,
     storage_option: StorageOption = None,
@@ -89,6 +91,7 @@ def generate(
             base_model=base_model,
             quantization=quantization,
             trust=trust.value,
+            allow_rollback=allow_rollback,
             storage_options=storage_options(storage_option),
         )
         with loaded as expert:
@@ -111,6 +114,7 @@ def chat(
     base_model: BaseModelOption = None,
     max_tokens: MaxTokensOption = None,
     trust: TrustOption = Trust.any,
+    allow_rollback: RollbackOption = False,
     device: DeviceOption = None,
     quantization: QuantizationOption = None,
     storage_option: StorageOption = None,
@@ -131,21 +135,22 @@ def chat(
             device=device, base_model=base_model, quantization=quantization, storage_options=places
         ) as manager:
             for package in packages:
-                name = _load(manager, package, trust, places)
+                name = _load(manager, package, trust, allow_rollback, places)
                 if is_typed:
                     typer.echo(f"{name} is loaded")
             session = ChatSession(manager, schema=text_or_file(schema), max_tokens=max_tokens)
             converse(session, lines, lambda text: typer.echo(printable(text), nl=False))
 
 
-def _load(manager: Any, package: str, trust: Trust, places: dict[str, Any]) -> str:
+def _load(manager: Any, package: str, trust: Trust, allow_rollback: bool, places: dict[str, Any]) -> str:
     """Load an expert under the name in its manifest."""
     from pipeline.package import open_package
 
-    name = open_package(package, trust=trust.value, storage_options=places).manifest.name
+    asked: dict[str, Any] = {"trust": trust.value, "allow_rollback": allow_rollback}
+    name = open_package(package, storage_options=places, **asked).manifest.name
     if name in manager.experts:
         raise ConfigError(f"two packages are called {name}", hint="Give one of them.")
-    manager.load_expert(name, package, trust=trust.value)
+    manager.load_expert(name, package, **asked)
     return name
 
 
@@ -157,6 +162,7 @@ def bench(
     max_tokens: Annotated[int, typer.Option(help="Tokens of each answer, exactly.", min=1)] = 64,
     batches: Annotated[str, typer.Option(help="How many prompts at a time, by commas.")] = "1,8,32",
     trust: TrustOption = Trust.any,
+    allow_rollback: RollbackOption = False,
     device: DeviceOption = None,
     quantization: QuantizationOption = None,
     storage_option: StorageOption = None,
@@ -187,6 +193,7 @@ def bench(
             base_model=base_model,
             quantization=quantization,
             trust=trust.value,
+            allow_rollback=allow_rollback,
             storage_options=storage_options(storage_option),
         )
         with loaded as expert:

@@ -90,6 +90,7 @@ class ExpertManager(Asker):
         dtype: str | None = None,
         quantization: str | None = None,
         trust: TrustPolicy = "any",
+        allow_rollback: bool = False,
     ) -> ExpertInfo:
         """Open a package and load it over its base model, under a name.
 
@@ -101,7 +102,7 @@ class ExpertManager(Asker):
             path: As for `Expert.load`.
             pin: Never let it go for others.
             base_model, device, dtype, quantization: Where they differ from the manager's.
-            trust: What is asked of the package's signature; see `Expert.load`.
+            trust, allow_rollback: What is asked of the package's signature; see `Expert.load`.
 
         Raises:
             LoadError: The package or its base model cannot be used.
@@ -109,23 +110,38 @@ class ExpertManager(Asker):
             OverloadedError: There is no room, and none comes.
         """
         placing = {"device": device, "dtype": dtype, "quantization": quantization}
-        opened = self._roster.open(name, path, base_model=base_model, placing=placing, pin=pin, trust=trust)
+        opened = self._roster.open(
+            name,
+            path,
+            base_model=base_model,
+            placing=placing,
+            pin=pin,
+            trust=trust,
+            allow_rollback=allow_rollback,
+        )
         return self._roster.add({name: opened})[0]
 
     def load_experts(
-        self, paths: Mapping[str, str | os.PathLike[str]], *, pin: bool = False, trust: TrustPolicy = "any"
+        self,
+        paths: Mapping[str, str | os.PathLike[str]],
+        *,
+        pin: bool = False,
+        trust: TrustPolicy = "any",
+        allow_rollback: bool = False,
     ) -> list[ExpertInfo]:
         """Load several experts, in the order that `constraints.load_order` in their manifests asks for.
 
         Args:
             paths: As for `load_expert`, by name.
-            pin, trust: As for `load_expert`.
+            pin, trust, allow_rollback: As for `load_expert`.
 
         Raises:
             As `load_expert`. Nothing is loaded where one cannot be opened, or they do not go together.
         """
         opened = {
-            name: self._roster.open(name, path, base_model=None, placing={}, pin=pin, trust=trust)
+            name: self._roster.open(
+                name, path, base_model=None, placing={}, pin=pin, trust=trust, allow_rollback=allow_rollback
+            )
             for name, path in paths.items()
         }
         return self._roster.add(opened)

@@ -129,6 +129,7 @@ class Roster:
         placing: Mapping[str, str | None],
         pin: bool,
         trust: TrustPolicy,
+        allow_rollback: bool = False,
     ) -> Known:
         """Open a package and find its base model; nothing is loaded. See `ExpertManager.load_expert`."""
         from pipeline.engine.loader import placement
@@ -137,7 +138,9 @@ class Roster:
         if not name or name == AUTO:
             raise ConfigError(f"an expert cannot be called {name!r}", hint="Give it another name.")
         options, cache_dir = self._storage_options, self._cache_dir
-        package = open_package(path, cache_dir=cache_dir, trust=trust, storage_options=options)
+        package = open_package(
+            path, cache_dir=cache_dir, trust=trust, allow_rollback=allow_rollback, storage_options=options
+        )
         found = fitting_base_model(
             package,
             base_model=base_model or self._base_model,
