@@ -109,14 +109,16 @@ class _Counted(NodeTransformer):
     def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802  # jinja's name
         self.generic_visit(node)
         literals = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
-        node.body.insert(0, nodes.ExprStmt(_hook("_step", nodes.Const(literals))))
+        node.body.insert(0, nodes.ExprStmt(_hook("_step", nodes.Const(literals, lineno=node.lineno))))
+        if isinstance(node, nodes.For) and node.test is not None:
+            node.test = _hook("_tested", node.test)
         return node
 
     visit_Macro = visit_CallBlock = visit_For  # noqa: N815  # jinja's names
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802  # jinja's name
         self.generic_visit(node)
-        return _hook("_joined", nodes.List(node.nodes))
+        return _hook("_joined", nodes.List(node.nodes, lineno=node.lineno))
 
     def visit_Add(self, node: nodes.Add) -> nodes.Node:  # noqa: N802  # jinja's name
         parts: list[nodes.Expr] = []
@@ -124,7 +126,7 @@ class _Counted(NodeTransformer):
         while isinstance(left, nodes.Add):  # a + b + c is (a + b) + c: one call for all of them
             parts.insert(0, self.visit(left.right))
             left = left.left
-        return _hook("_added", nodes.List([self.visit(left), *parts]))
+        return _hook("_added", nodes.List([self.visit(left), *parts], lineno=node.lineno))
 
     def visit_List(self, node: nodes.List | nodes.Tuple) -> nodes.Node:  # noqa: N802  # jinja's name
         self.generic_visit(node)
@@ -147,7 +149,7 @@ class _Counted(NodeTransformer):
 
 def _hook(name: str, value: nodes.Expr) -> nodes.Filter:
     """A call of ours. A filter is called directly, and no `set` of a template takes its name away."""
-    return nodes.Filter(value, name, [], [], None, None)
+    return nodes.Filter(value, name, [], [], None, None, lineno=value.lineno)
 
 
 class _Within:
@@ -181,6 +183,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
         self.filters = {name: self._measured(name, filter_) for name, filter_ in self.filters.items()}
         for name, hook in (
             ("_step", self.step),
+            ("_tested", self._tested),
             ("_added", self._added),
             ("_joined", self._joined),
             ("_kept", self.kept),
@@ -294,6 +297,10 @@ class _Bounded(ImmutableSandboxedEnvironment):
     def _check_replacement(self, text: Any, old: Any, new: Any) -> None:
         if isinstance(text, _TEXT) and isinstance(old, type(text)) and isinstance(new, type(text)):
             self._check_length(len(text) + text.count(old) * len(new))  # type: ignore[arg-type]  # one type, not two
+
+    def _tested(self, value: Any) -> Any:
+        self.step()
+        return value
 
     def _added(self, parts: list[Any]) -> Any:
         if {type(part) for part in parts} == {str}:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pipeline.engine.chat import ChatEncoder, build_messages, default_dialect, encode_chat, schema_message
 from pipeline.errors import InvalidRequestError, TokenizerError
 from tests import tiny
-from tests.package.test_bounded_template import SANE
+from tests.package.template_texts import SANE
 
 
 def test_a_schema_is_worded_as_in_training() -> None:
