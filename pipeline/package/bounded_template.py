@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial, reduce
 from types import GeneratorType, NoneType
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import Environment, nodes, pass_context
 from jinja2.runtime import Context
@@ -147,9 +147,9 @@ class _Counted(NodeTransformer):
     visit_Import = visit_FromImport = visit_Extends = visit_Include  # noqa: N815  # jinja's names
 
 
-def _hook(name: str, value: nodes.Expr) -> nodes.Filter:
+def _hook(name: str, value: nodes.Node) -> nodes.Filter:
     """A call of ours. A filter is called directly, and no `set` of a template takes its name away."""
-    return nodes.Filter(value, name, [], [], None, None, lineno=value.lineno)
+    return nodes.Filter(cast(nodes.Expr, value), name, [], [], None, None, lineno=value.lineno)
 
 
 class _Within:
