@@ -40,7 +40,7 @@ format: $(STAMP)  ## format the code and apply safe lint fixes
 test: $(STAMP)  ## run all tests
 	$(PYTEST)
 
-fuzz: $(STAMP)  ## feed damaged archives, manifests and tensors to the readers, FUZZ_SECONDS for each (300)
+fuzz: $(STAMP)  ## feed damaged archives, manifests, tensors, adapters and templates to the readers, FUZZ_SECONDS for each (300)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt atheris
 	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
 

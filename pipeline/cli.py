@@ -15,6 +15,7 @@ from pipeline.cli_ask import add_ask_commands
 from pipeline.cli_common import (
     EXIT_FAILED,
     BaseModelOption,
+    RollbackOption,
     StorageOption,
     Trust,
     TrustOption,
@@ -130,6 +131,8 @@ def serve_packages(
     port: Annotated[int, typer.Option(help="Port to listen on; 0 for any free one.")] = 8000,
     base_model: BaseModelOption = None,
     trust: TrustOption = Trust.any,
+    allow_rollback: RollbackOption = False,
+    storage_option: StorageOption = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; the best there is if not given.")] = None,
     replicas: Annotated[int, typer.Option(help="Processes that answer, for each base model.", min=1)] = 1,
 ) -> None:
@@ -150,6 +153,8 @@ def serve_packages(
             "port": port,
             "base_model": base_model,
             "trust": trust.value,
+            "allow_rollback": allow_rollback,
+            "storage_options": storage_options(storage_option),
             "device": device,
             "replicas": {"min": replicas, "max": replicas},
         }

@@ -11,10 +11,13 @@ import typer
 from pipeline.cli_common import (
     BaseModelOption,
     PackageArgument,
+    RollbackOption,
+    StorageOption,
     Trust,
     TrustOption,
     errors_on_exit,
     printable,
+    storage_options,
     text_or_file,
 )
 from pipeline.errors import ConfigError
@@ -52,8 +55,10 @@ def generate(
         str | None, typer.Option(help="left or right: cut a prompt that is too long at that side.")
     ] = None,
     trust: TrustOption = Trust.any,
+    allow_rollback: RollbackOption = False,
     device: DeviceOption = None,
     quantization: QuantizationOption = None,
+    storage_option: StorageOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole result as JSON.")] = False,
 ) -> None:
     """Answer one prompt; the text is printed as it comes.
@@ -81,7 +86,13 @@ def generate(
             "truncate": cast(Literal["left", "right"] | None, truncate),
         }
         loaded = Expert.load(
-            package, device=device, base_model=base_model, quantization=quantization, trust=trust.value
+            package,
+            device=device,
+            base_model=base_model,
+            quantization=quantization,
+            trust=trust.value,
+            allow_rollback=allow_rollback,
+            storage_options=storage_options(storage_option),
         )
         with loaded as expert:
             if as_json:
@@ -103,8 +114,10 @@ def chat(
     base_model: BaseModelOption = None,
     max_tokens: MaxTokensOption = None,
     trust: TrustOption = Trust.any,
+    allow_rollback: RollbackOption = False,
     device: DeviceOption = None,
     quantization: QuantizationOption = None,
+    storage_option: StorageOption = None,
     history: Annotated[Path | None, typer.Option(help="Keep what you type in this file, for the next time.")] = None,
 ) -> None:
     """Talk with experts in the terminal, or from lines on standard input. /help lists what can be typed.
@@ -117,23 +130,27 @@ def chat(
 
         is_typed = sys.stdin.isatty()
         lines = typed_lines(history) if is_typed else (line.rstrip("\n") for line in sys.stdin)
-        with ExpertManager(device=device, base_model=base_model, quantization=quantization) as manager:
+        places = storage_options(storage_option)
+        with ExpertManager(
+            device=device, base_model=base_model, quantization=quantization, storage_options=places
+        ) as manager:
             for package in packages:
-                name = _load(manager, package, trust)
+                name = _load(manager, package, trust, allow_rollback, places)
                 if is_typed:
                     typer.echo(f"{name} is loaded")
             session = ChatSession(manager, schema=text_or_file(schema), max_tokens=max_tokens)
             converse(session, lines, lambda text: typer.echo(printable(text), nl=False))
 
 
-def _load(manager: Any, package: str, trust: Trust) -> str:
+def _load(manager: Any, package: str, trust: Trust, allow_rollback: bool, places: dict[str, Any]) -> str:
     """Load an expert under the name in its manifest."""
     from pipeline.package import open_package
 
-    name = open_package(package, trust=trust.value).manifest.name
+    asked: dict[str, Any] = {"trust": trust.value, "allow_rollback": allow_rollback}
+    name = open_package(package, storage_options=places, **asked).manifest.name
     if name in manager.experts:
         raise ConfigError(f"two packages are called {name}", hint="Give one of them.")
-    manager.load_expert(name, package, trust=trust.value)
+    manager.load_expert(name, package, **asked)
     return name
 
 
@@ -145,8 +162,10 @@ def bench(
     max_tokens: Annotated[int, typer.Option(help="Tokens of each answer, exactly.", min=1)] = 64,
     batches: Annotated[str, typer.Option(help="How many prompts at a time, by commas.")] = "1,8,32",
     trust: TrustOption = Trust.any,
+    allow_rollback: RollbackOption = False,
     device: DeviceOption = None,
     quantization: QuantizationOption = None,
+    storage_option: StorageOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Measure how fast an expert answers here: one prompt, and many at a time.
@@ -169,7 +188,13 @@ def bench(
         if min(sizes) < 1:
             raise ConfigError(f"--batches {batches!r} has a number below 1", hint="Write for example 1,8,32.")
         loaded = Expert.load(
-            package, device=device, base_model=base_model, quantization=quantization, trust=trust.value
+            package,
+            device=device,
+            base_model=base_model,
+            quantization=quantization,
+            trust=trust.value,
+            allow_rollback=allow_rollback,
+            storage_options=storage_options(storage_option),
         )
         with loaded as expert:
             text = text_or_file(schema)

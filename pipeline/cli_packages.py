@@ -45,7 +45,7 @@ def add_package_commands(app: typer.Typer) -> None:
     app.add_typer(cache_app, name="cache")
 
 
-def inspect(package: PackageArgument, as_json: JsonOption = False) -> None:
+def inspect(package: PackageArgument, storage_option: StorageOption = None, as_json: JsonOption = False) -> None:
     """Verify a package and show what is in it.
 
     Example: expert inspect expert-sql.expert
@@ -54,7 +54,7 @@ def inspect(package: PackageArgument, as_json: JsonOption = False) -> None:
         from pipeline.package import open_package
         from pipeline.package.card import package_card
 
-        card = package_card(open_package(package))
+        card = package_card(open_package(package, storage_options=storage_options(storage_option)))
         if as_json:
             typer.echo(json.dumps(card, ensure_ascii=False, indent=2))
             return
@@ -65,6 +65,7 @@ def verify(
     package: PackageArgument,
     trust: TrustOption = Trust.any,
     allow_rollback: RollbackOption = False,
+    storage_option: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check everything that can be checked of a package, and say what was and what was not.
@@ -75,7 +76,9 @@ def verify(
         from pipeline.package import open_package
         from pipeline.package.card import verification
 
-        found = verification(open_package(package, trust=trust.value, allow_rollback=allow_rollback))
+        options = storage_options(storage_option)
+        opened = open_package(package, trust=trust.value, allow_rollback=allow_rollback, storage_options=options)
+        found = verification(opened)
         if as_json:
             typer.echo(json.dumps(found, ensure_ascii=False, indent=2))
             return

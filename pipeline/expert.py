@@ -77,6 +77,7 @@ class Expert(Asker):
         trust: TrustPolicy = "any",
         allow_rollback: bool = False,
         metrics: Metrics | None = None,
+        storage_options: Mapping[str, Any] | None = None,
     ) -> "Expert":
         """Open and verify a package and find its base model; the model itself is loaded when first needed.
 
@@ -93,13 +94,19 @@ class Expert(Asker):
             trust: `"any"`, `"signed"` or `"trusted"`: what is asked of the package's signature; see `open_package`.
             allow_rollback: With `trust="trusted"`, take an older version than was opened before.
             metrics: Where answers are counted and measured; see `pipeline.metrics`. None for nowhere.
+            storage_options: Passed to the file system (fsspec) of a package or base model that is named by a URL, such
+                as `{"client_kwargs": {"endpoint_url": "http://localhost:9000"}}`.
 
         Raises:
             LoadError: The package is missing, damaged or not valid, or its base model cannot be found.
         """
         cache = None if cache_dir is None else Path(cache_dir)
-        package = open_package(path, cache_dir=cache, trust=trust, allow_rollback=allow_rollback)
-        base = fitting_base_model(package, base_model=base_model, models=models, cache_dir=cache)
+        package = open_package(
+            path, cache_dir=cache, trust=trust, allow_rollback=allow_rollback, storage_options=storage_options
+        )
+        base = fitting_base_model(
+            package, base_model=base_model, models=models, cache_dir=cache, storage_options=storage_options
+        )
         return cls(
             package,
             base.path,

@@ -31,7 +31,7 @@ class ExpertManager(Asker):
     Args:
         max_loaded_experts: At most this many experts are loaded, over all base models; None for any number.
         device, dtype, quantization: For every expert that is not loaded with others; see `Expert.load`.
-        base_model, models, cache_dir, metrics: See `Expert.load`; for every expert.
+        base_model, models, cache_dir, metrics, storage_options: See `Expert.load`; for every expert.
 
     Examples:
         >>> from pipeline import ExpertManager, demo
@@ -59,6 +59,7 @@ class ExpertManager(Asker):
         models: Mapping[str, str] | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         metrics: Metrics | None = None,
+        storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         if max_loaded_experts is not None and max_loaded_experts < 1:
             raise ConfigError(f"max_loaded_experts is {max_loaded_experts}", hint="Give 1 or more, or None.")
@@ -70,6 +71,7 @@ class ExpertManager(Asker):
             base_model=base_model,
             models=models,
             cache_dir=None if cache_dir is None else Path(cache_dir),
+            storage_options=storage_options,
         )
 
     @property
@@ -88,6 +90,7 @@ class ExpertManager(Asker):
         dtype: str | None = None,
         quantization: str | None = None,
         trust: TrustPolicy = "any",
+        allow_rollback: bool = False,
     ) -> ExpertInfo:
         """Open a package and load it over its base model, under a name.
 
@@ -99,7 +102,7 @@ class ExpertManager(Asker):
             path: As for `Expert.load`.
             pin: Never let it go for others.
             base_model, device, dtype, quantization: Where they differ from the manager's.
-            trust: What is asked of the package's signature; see `Expert.load`.
+            trust, allow_rollback: What is asked of the package's signature; see `Expert.load`.
 
         Raises:
             LoadError: The package or its base model cannot be used.
@@ -107,23 +110,38 @@ class ExpertManager(Asker):
             OverloadedError: There is no room, and none comes.
         """
         placing = {"device": device, "dtype": dtype, "quantization": quantization}
-        opened = self._roster.open(name, path, base_model=base_model, placing=placing, pin=pin, trust=trust)
+        opened = self._roster.open(
+            name,
+            path,
+            base_model=base_model,
+            placing=placing,
+            pin=pin,
+            trust=trust,
+            allow_rollback=allow_rollback,
+        )
         return self._roster.add({name: opened})[0]
 
     def load_experts(
-        self, paths: Mapping[str, str | os.PathLike[str]], *, pin: bool = False, trust: TrustPolicy = "any"
+        self,
+        paths: Mapping[str, str | os.PathLike[str]],
+        *,
+        pin: bool = False,
+        trust: TrustPolicy = "any",
+        allow_rollback: bool = False,
     ) -> list[ExpertInfo]:
         """Load several experts, in the order that `constraints.load_order` in their manifests asks for.
 
         Args:
             paths: As for `load_expert`, by name.
-            pin, trust: As for `load_expert`.
+            pin, trust, allow_rollback: As for `load_expert`.
 
         Raises:
             As `load_expert`. Nothing is loaded where one cannot be opened, or they do not go together.
         """
         opened = {
-            name: self._roster.open(name, path, base_model=None, placing={}, pin=pin, trust=trust)
+            name: self._roster.open(
+                name, path, base_model=None, placing={}, pin=pin, trust=trust, allow_rollback=allow_rollback
+            )
             for name, path in paths.items()
         }
         return self._roster.add(opened)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ConfigError, InferenceError, UnknownModelError
 from pipeline.package import ExpertPackage, TrustPolicy, check_together, fitting_base_model, model_digest, open_package
@@ -85,7 +85,7 @@ class Roster:
     Args:
         shelf: Loads them.
         placing: `device`, `dtype` and `quantization` of those that are not opened with others.
-        base_model, models, cache_dir: See `Expert.load`.
+        base_model, models, cache_dir, storage_options: See `Expert.load`.
     """
 
     def __init__(
@@ -96,12 +96,14 @@ class Roster:
         base_model: str | os.PathLike[str] | None = None,
         models: Mapping[str, str] | None = None,
         cache_dir: Path | None = None,
+        storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         self._shelf = shelf
         self._placing = dict(placing)
         self._base_model = base_model
         self._models = models
         self._cache_dir = cache_dir
+        self._storage_options = storage_options
         self._lock = threading.Lock()
         self._known: dict[str, Known] = {}
         self._router: Router | None = None
@@ -127,6 +129,7 @@ class Roster:
         placing: Mapping[str, str | None],
         pin: bool,
         trust: TrustPolicy,
+        allow_rollback: bool = False,
     ) -> Known:
         """Open a package and find its base model; nothing is loaded. See `ExpertManager.load_expert`."""
         from pipeline.engine.loader import placement
@@ -134,9 +137,16 @@ class Roster:
 
         if not name or name == AUTO:
             raise ConfigError(f"an expert cannot be called {name!r}", hint="Give it another name.")
-        package = open_package(path, cache_dir=self._cache_dir, trust=trust)
+        options, cache_dir = self._storage_options, self._cache_dir
+        package = open_package(
+            path, cache_dir=cache_dir, trust=trust, allow_rollback=allow_rollback, storage_options=options
+        )
         found = fitting_base_model(
-            package, base_model=base_model or self._base_model, models=self._models, cache_dir=self._cache_dir
+            package,
+            base_model=base_model or self._base_model,
+            models=self._models,
+            cache_dir=cache_dir,
+            storage_options=options,
         )
         chosen = {**self._placing, **{key: value for key, value in placing.items() if value is not None}}
         device, dtype = placement(found.path, device=chosen["device"], dtype=chosen["dtype"])

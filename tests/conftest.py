@@ -11,6 +11,7 @@ from tests.profiles import load_profile
 from tests.raised_errors import RaisedErrors
 
 END_TO_END = Path(__file__).parent / "e2e"
+HOSTILE = "tests/package/test_hostile.py::test_a_hostile_package_"
 
 load_profile()
 
@@ -43,6 +44,17 @@ def pytest_collection_finish() -> None:
     """What is imported by now stays: collecting garbage need not look through it each time."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many hostile packages were seen to be refused, or to be harmless."""
+    counts = {
+        outcome: sum(HOSTILE in report.nodeid for report in terminalreporter.getreports(outcome))
+        for outcome in ("passed", "failed")
+    }
+    if any(counts.values()):
+        told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+        terminalreporter.write_line(f"hostile packages: {told}")
 
 
 def pytest_unconfigure() -> None:

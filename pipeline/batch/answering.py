@@ -55,6 +55,7 @@ class EngineJob:
         num_threads: Threads to compute with on a CPU; None for torch's own number.
         columns, prompt_template, seed: As the job's.
         cache_dir, device, dtype, quantization, engine, batch_size, max_batch_tokens, kv_cache_bytes: See `BatchConfig`.
+        storage_options: Of the file system that each package, or the base model, is read from, by its place.
     """
 
     experts: tuple[JobExpert, ...]
@@ -71,6 +72,7 @@ class EngineJob:
     batch_size: int = 128
     max_batch_tokens: int | None = None
     kv_cache_bytes: int | None = None
+    storage_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
 
 
 class Builder(Protocol):
@@ -120,10 +122,10 @@ def load_engine(job: EngineJob) -> LoadedEngine:
     from pipeline.engine.loader import useful_threads
     from pipeline.engine.runtime import load_expert, load_experts
 
-    base_path = local_base_model(job.base_place, job.cache_dir)
+    base_path = local_base_model(job.base_place, job.cache_dir, job.storage_options.get(job.base_place))
     if job.num_threads is not None:
         torch.set_num_threads(useful_threads(base_path, min(job.num_threads, os.cpu_count() or 1)))
-    packages = [_open(expert, job.cache_dir) for expert in job.experts]
+    packages = [_open(expert, job) for expert in job.experts]
     if [expert.name for expert in job.experts] == [None]:
         loaded = load_expert(
             packages[0],
@@ -159,9 +161,15 @@ def load_engine(job: EngineJob) -> LoadedEngine:
     )
 
 
-def _open(expert: JobExpert, cache_dir: str | None) -> "ExpertPackage":
-    hint = "Do not replace a package while a job runs; start the job again in another output folder."
-    return open_planned(expert.package, expert.sha256, planned="the job", hint=hint, cache_dir=cache_dir)
+def _open(expert: JobExpert, job: EngineJob) -> "ExpertPackage":
+    return open_planned(
+        expert.package,
+        expert.sha256,
+        planned="the job",
+        hint="Do not replace a package while a job runs; start the job again in another output folder.",
+        cache_dir=job.cache_dir,
+        storage_options=job.storage_options.get(expert.package),
+    )
 
 
 class EngineFailedError(Exception):

@@ -21,6 +21,7 @@ from pipeline.batch.template import PromptTemplate
 from pipeline.config_fields import STRICT, DtypeName, PathText, RayQuantity, Text, path_text, section
 from pipeline.config_problems import nearest, printable, problems_of
 from pipeline.errors import ConfigError, DatasetError
+from pipeline.package.download import same_protocol
 
 MAX_SEED = (1 << 64) - 1
 
@@ -215,6 +216,11 @@ class BatchConfig(BaseModel):
         default_factory=dict,
         description="Options of the storage (fsspec), such as an endpoint. Not for secrets: the environment is.",
     )
+    package_storage_options: dict[str, Any] | None = Field(
+        None,
+        description="The same for the storage of packages and the base model; left out, storage_options, where its URL "
+        "has the protocol of the dataset or the output.",
+    )
     ray_address: Text | None = Field(
         None,
         description="Ray cluster to join; left out, that of RAY_ADDRESS or a running one, else one is started here.",
@@ -260,6 +266,13 @@ class BatchConfig(BaseModel):
         allow_inf_nan=False,
         description="A worker that has rows to answer and does nothing for so many seconds is ended and replaced.",
     )
+
+    def storage_options_of(self, place: str) -> dict[str, Any]:
+        """The options for a package, or a base model, at some place."""
+        if self.package_storage_options is not None:
+            return self.package_storage_options
+        known = [self.output, *([self.dataset] if isinstance(self.dataset, str) else self.dataset)]
+        return self.storage_options if any(same_protocol(place, other) for other in known) else {}
 
     @field_validator("expert")
     @classmethod

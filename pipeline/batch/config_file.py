@@ -22,7 +22,7 @@ _HINT = "correct the lines above; configs/batch.yaml in the project lists every 
 _OVERRIDE_HINT = "correct the overrides above; configs/batch.yaml in the project lists every key"
 # Under these keys the names are a person's own and may hold dots themselves.
 _FREE_KEYS = frozenset({"models", "experts"})
-_SECRET_KEYS = frozenset({"storage_options"})
+_SECRET_KEYS = frozenset({"storage_options", "package_storage_options"})
 _STRING_TAG = "tag:yaml.org,2002:str"
 _SCALAR_TAGS = frozenset(f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null"))
 _CONTAINER_TAGS = frozenset(f"tag:yaml.org,2002:{name}" for name in ("map", "seq"))

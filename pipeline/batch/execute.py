@@ -252,6 +252,10 @@ def worker_job(job: PreparedJob, workers: Workers, *, is_resumed: bool, load: Lo
             batch_size=config.batch_size,
             max_batch_tokens=config.max_batch_tokens,
             kv_cache_bytes=config.kv_cache_bytes,
+            storage_options={
+                place: config.storage_options_of(place)
+                for place in (job.base_place, *(expert.package for expert in job.experts))
+            },
         ),
         output=job.output,
         part_format=job.part_format,

@@ -24,6 +24,7 @@ from pipeline.engine.requests import GRAMMAR_KINDS, request_defaults
 from pipeline.engine.types import Grammar
 from pipeline.errors import BaseModelError, ConfigError, DatasetError
 from pipeline.package import ExpertPackage, check_together, fitting_base_model, model_digest, open_package
+from pipeline.package.download import is_url
 from pipeline.storage import open_storage
 from pipeline.storage.filesystems import protocol_of
 from pipeline.version import __version__
@@ -183,10 +184,23 @@ def open_experts(config: BatchConfig) -> OpenExperts:
     cache_dir = None if config.cache_dir is None else Path(config.cache_dir)
     given: dict[str | None, str] = {} if config.expert is None else {None: config.expert}
     opened, bases = [], []
+    base_url = next((place for place in (config.base_model, *config.models.values()) if place and is_url(place)), "")
     for name, place in (given | config.experts).items():
         location = absolute(place)
-        package = open_package(location, cache_dir=cache_dir, trust=config.trust, allow_rollback=config.allow_rollback)
-        base = fitting_base_model(package, base_model=config.base_model, models=config.models, cache_dir=cache_dir)
+        package = open_package(
+            location,
+            cache_dir=cache_dir,
+            trust=config.trust,
+            allow_rollback=config.allow_rollback,
+            storage_options=config.storage_options_of(location),
+        )
+        base = fitting_base_model(
+            package,
+            base_model=config.base_model,
+            models=config.models,
+            cache_dir=cache_dir,
+            storage_options=config.storage_options_of(base_url),
+        )
         bases.append(base)
         _, grammar = request_defaults(package, sampling_options(config))
         opened.append(OpenExpert(name, location, package, grammar))

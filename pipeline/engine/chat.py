@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from pipeline.engine.chat_template import ChatTemplate
 from pipeline.errors import InvalidRequestError, TokenizerError
 
 ROLES = ("system", "user", "assistant")
@@ -84,17 +85,9 @@ def encode_chat(
     close a turn.
 
     Raises:
-        TokenizerError: The chat template cannot render these messages.
+        TokenizerError: The chat template cannot render these messages, or runs away with them.
     """
-    return tuple(
-        _apply_template(
-            tokenizer,
-            messages,
-            add_generation_prompt=add_generation_prompt,
-            sanitize_control_tokens=True,
-            return_dict=False,
-        )
-    )
+    return ChatTemplate(tokenizer).encode(messages, add_generation_prompt=add_generation_prompt)
 
 
 @dataclass(frozen=True)
@@ -118,6 +111,7 @@ class ChatEncoder:
 
     def __init__(self, tokenizer: Any, max_heads: int = 64) -> None:
         self._tokenizer = tokenizer
+        self._template = ChatTemplate(tokenizer)
         self._added_tokens = tokenizer.added_tokens_decoder.values()
         # A byte-level tokenizer takes an added token out of the text first, and encodes each side of it by itself.
         decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
@@ -137,29 +131,29 @@ class ChatEncoder:
             The token ids, and how many of the first ones come from what stands before the last user message.
 
         Raises:
-            TokenizerError: The chat template cannot render these messages.
+            TokenizerError: The chat template cannot render these messages, or runs away with them.
         """
         last = max(at for at, message in enumerate(messages) if message["role"] == "user")
         if last == 0:
-            return encode_chat(self._tokenizer, messages), 0
+            return self._template.encode(messages), 0
         head = self._head(tuple((message["role"], message["content"]) for message in messages[:last]))
         if head.text is not None and self._is_plain(messages[last:]):
-            text = _apply_template(self._tokenizer, messages, add_generation_prompt=True, tokenize=False)
+            text = self._template.render(messages)
             tail = text[len(head.text) :]
             if text.startswith(head.text) and tail.startswith(self._borders):
                 tail_ids = self._tokenizer.encode(tail, add_special_tokens=False)
                 return (*head.token_ids, *tail_ids), len(head.token_ids)
-        token_ids = encode_chat(self._tokenizer, messages)
+        token_ids = self._template.encode(messages)
         differing = (at for at, pair in enumerate(zip(head.token_ids, token_ids, strict=False)) if pair[0] != pair[1])
         return token_ids, next(differing, min(len(head.token_ids), len(token_ids)))
 
     def _encode_head(self, contents: tuple[tuple[str, str], ...]) -> _Head:
         messages = [{"role": role, "content": content} for role, content in contents]
         try:
-            token_ids = encode_chat(self._tokenizer, messages, add_generation_prompt=False)
+            token_ids = self._template.encode(messages, add_generation_prompt=False)
             text = None
             if self._is_splittable and self._is_plain(messages):
-                text = _apply_template(self._tokenizer, messages, add_generation_prompt=False, tokenize=False)
+                text = self._template.render(messages, add_generation_prompt=False)
         except TokenizerError:
             return _Head((), None)  # a template may refuse a conversation without a user
         return _Head(token_ids, text)
@@ -167,17 +161,6 @@ class ChatEncoder:
     def _is_plain(self, messages: Sequence[Mapping[str, str]]) -> bool:
         """Whether no added token stands in a content, so that there is nothing to encode as text."""
         return not any(token.content in message["content"] for message in messages for token in self._added_tokens)
-
-
-def _apply_template(tokenizer: Any, messages: Sequence[Mapping[str, str]], **options: Any) -> Any:
-    try:
-        return tokenizer.apply_chat_template(list(messages), enable_thinking=False, **options)
-    except Exception as error:  # a chat template is a foreign program: it may raise anything
-        raise TokenizerError(
-            "the chat template cannot render this conversation",
-            details=(f"{type(error).__name__}: {error}",),
-            hint="Check chat_template in tokenizer_config.json (or chat_template.jinja) of the package or base model.",
-        ) from error
 
 
 def _overlaps(first: str, second: str) -> bool:

@@ -18,6 +18,7 @@ from pipeline.errors import AdapterError
 from pipeline.package.fields import Part, Positive, Rank, Strings, as_tuple, problems_of, refuse
 from pipeline.package.json_text import JsonDocument, JsonPath, read_json
 from pipeline.package.manifest import AdapterSpec
+from pipeline.package.patterns import runs_away
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter.safetensors")
@@ -37,6 +38,8 @@ def _pattern(value: Any) -> Any:
         re.compile(value)
     except (re.error, RecursionError, OverflowError) as problem:
         raise PydanticCustomError("pattern", "Input is not a regular expression") from problem
+    if runs_away(value, is_strict=True):
+        raise PydanticCustomError("pattern", "Input is a regular expression that could take time without end")
     if not value or len(value) > MAX_PATTERN:
         raise PydanticCustomError("pattern", "Input should have 1 to {most} characters", {"most": MAX_PATTERN})
     return value
@@ -185,6 +188,11 @@ def read_adapter_config(data: bytes, *, source: str) -> tuple[AdapterConfig, tup
         config = AdapterConfig.model_validate(allowed)
     except ValidationError as problem:
         problems += [(path[:1], message) for path, message in problems_of(problem)]
+    if config is not None and any(
+        isinstance(rank, int) == (peft_type == "ADALORA") for rank in config.rank_pattern.values()
+    ):
+        wanted = "arrays of true and false" if peft_type == "ADALORA" else "whole numbers"
+        problems.append((("rank_pattern",), f"Input should hold {wanted}"))
     hint = "Save the adapter again with PEFT, without these fields, and pack it."
     refuse(document, list(dict.fromkeys(problems)), error=AdapterError, message=f"{name} cannot be used", hint=hint)
     if config is None:

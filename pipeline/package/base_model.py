@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 
@@ -51,9 +52,17 @@ def resolve_base_model(
     models: Mapping[str, str] | None = None,
     package: str = "",
     cache_dir: Path | None = None,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> Path:
     """The directory of an expert's base model; as `find_base_model`, which says more."""
-    return find_base_model(spec, base_model=base_model, models=models, package=package, cache_dir=cache_dir).path
+    return find_base_model(
+        spec,
+        base_model=base_model,
+        models=models,
+        package=package,
+        cache_dir=cache_dir,
+        storage_options=storage_options,
+    ).path
 
 
 def find_base_model(
@@ -63,6 +72,7 @@ def find_base_model(
     models: Mapping[str, str] | None = None,
     package: str = "",
     cache_dir: Path | None = None,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> FoundBaseModel:
     """Find an expert's base model.
 
@@ -77,6 +87,7 @@ def find_base_model(
         models: The same, by the manifest's name of the base model or the last part of it.
         package: The package, as messages name it.
         cache_dir: Where a staged one is copied to; `$EXPERT_CACHE_DIR` or `~/.cache/expert` when not given.
+        storage_options: Passed to the file system of a staged one, e.g. an endpoint.
 
     Returns:
         A directory with `config.json` and `*.safetensors`. When the manifest gives a checksum, it has been compared.
@@ -86,7 +97,7 @@ def find_base_model(
     """
     tried: list[str] = []
     for origin, place, is_named in _candidates(spec, base_model, models or {}):
-        found = _try(origin, place, is_named, tried, cache_dir or default_cache_dir())
+        found = _try(origin, place, is_named, tried, cache_dir or default_cache_dir(), storage_options)
         if found is not None:
             _check(spec, found.path, package)
             return found
@@ -103,12 +114,15 @@ def find_base_model(
     )
 
 
-def local_base_model(place: str, cache_dir: str | None = None) -> Path:
+def local_base_model(
+    place: str, cache_dir: str | None = None, storage_options: Mapping[str, Any] | None = None
+) -> Path:
     """The directory on this machine of what `find_base_model` found on another.
 
     Args:
         place: Its `place`.
         cache_dir: Where a staged one is copied to, once.
+        storage_options: Passed to its file system.
 
     Raises:
         LoadError: It is staged, and cannot be brought here.
@@ -116,7 +130,8 @@ def local_base_model(place: str, cache_dir: str | None = None) -> Path:
     reference = parse_reference(place)
     if reference is None:
         return Path(place)
-    return localise(reference, default_cache_dir() if cache_dir is None else Path(cache_dir)).root
+    cache = default_cache_dir() if cache_dir is None else Path(cache_dir)
+    return localise(reference, cache, storage_options=storage_options).root
 
 
 def _candidates(
@@ -134,16 +149,23 @@ def _candidates(
     yield "the manifest's name", spec.name, False
 
 
-def _try(origin: str, place: str, is_named: bool, tried: list[str], cache_dir: Path) -> FoundBaseModel | None:
+def _try(
+    origin: str,
+    place: str,
+    is_named: bool,
+    tried: list[str],
+    cache_dir: Path,
+    storage_options: Mapping[str, Any] | None,
+) -> FoundBaseModel | None:
     reference = parse_reference(place) if is_named else None
     if reference is not None and reference.kind == "models":
         try:
-            return FoundBaseModel(localise(reference, cache_dir).root, reference.url)
+            return FoundBaseModel(localise(reference, cache_dir, storage_options=storage_options).root, reference.url)
         except LoadError as problem:
             tried.append(f"{origin} {place}: {problem.message}")
             return None
     folder = Path(place).expanduser() if is_named else Path(place)
-    reason = why_no_model(folder)
+    reason = (None if is_named else _why_not_followed(place)) or why_no_model(folder)
     if reason is None:
         return FoundBaseModel(folder, str(folder.resolve()))
     tried.append(f"{origin} {place}: {reason}")
@@ -161,6 +183,15 @@ def _try(origin: str, place: str, is_named: bool, tried: list[str], cache_dir: P
         tried.append(f"{origin} Hugging Face {hub_id}: {reason}")
         return None
     return FoundBaseModel(snapshot, str(snapshot.resolve()))
+
+
+def _why_not_followed(name: str) -> str | None:
+    """Why a name that a stranger's manifest gives is not looked up on this machine; None where it may be."""
+    if "://" in name:
+        return "a URL, which is not followed"
+    if ".." in re.split(r"[/\\]", name):
+        return "leads out of where it stands, and is not followed"
+    return None
 
 
 def model_files(folder: Path) -> list[Path]:

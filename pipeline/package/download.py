@@ -1,7 +1,7 @@
 """Fetch a package that lies behind a URL, through fsspec."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,20 @@ def is_url(source: str) -> bool:
     return _URL.match(source) is not None
 
 
+def same_protocol(one: str, other: str) -> bool:
+    """Whether two places are of one kind of storage, so that options for the one are meant for the other, too."""
+    return is_url(one) and is_url(other) and urlsplit(one).scheme == urlsplit(other).scheme
+
+
 def url_file_name(url: str) -> str:
     """The file name at the end of a URL, without its query."""
     return unquote(urlsplit(url).path or urlsplit(url).netloc).rstrip("/").rpartition("/")[2] or "package.expert"
 
 
 @contextmanager
-def downloaded(url: str, cache_dir: Path, limits: ArchiveLimits) -> Iterator[Path]:
+def downloaded(
+    url: str, cache_dir: Path, limits: ArchiveLimits, storage_options: Mapping[str, Any] | None = None
+) -> Iterator[Path]:
     """A local copy of the file behind `url`, with its `.sha256` file beside it where there is one.
 
     The copy is removed at the end.
@@ -37,6 +44,7 @@ def downloaded(url: str, cache_dir: Path, limits: ArchiveLimits) -> Iterator[Pat
         url: Any URL that fsspec reads, e.g. `s3://bucket/expert-sql.expert`.
         cache_dir: Where the copy is kept meanwhile.
         limits: `total_bytes` bounds the download.
+        storage_options: Passed to the file system, e.g. an endpoint.
 
     Raises:
         ArchiveError: The file is larger than the limits.
@@ -48,7 +56,7 @@ def downloaded(url: str, cache_dir: Path, limits: ArchiveLimits) -> Iterator[Pat
     with scratch_directory(cache_dir / "downloads") as scratch:
         copy = scratch / Path(name).name
         try:
-            _fetch(url, copy, limits.total_bytes)
+            _fetch(url, copy, limits.total_bytes, storage_options)
         except FileNotFoundError as problem:
             raise PackageNotFoundError(f"nothing is at {_shown(url)}", hint="Check the URL.") from problem
         except PermissionError as problem:
@@ -57,14 +65,15 @@ def downloaded(url: str, cache_dir: Path, limits: ArchiveLimits) -> Iterator[Pat
             with suppress(
                 FileNotFoundError, PermissionError
             ):  # S3 forbids a missing file where names may not be listed
-                _fetch(url + SIDECAR_SUFFIX, copy.with_name(copy.name + SIDECAR_SUFFIX), MAX_SIDECAR_BYTES)
+                sidecar = copy.with_name(copy.name + SIDECAR_SUFFIX)
+                _fetch(url + SIDECAR_SUFFIX, sidecar, MAX_SIDECAR_BYTES, storage_options)
         yield copy
 
 
-def _fetch(url: str, target: Path, max_bytes: int) -> None:
+def _fetch(url: str, target: Path, max_bytes: int, options: Mapping[str, Any] | None) -> None:
     """Copy the file behind `url`; FileNotFoundError and PermissionError are left to the caller."""
     try:
-        with _open(url) as remote, target.open("xb") as local:
+        with _open(url, options) as remote, target.open("xb") as local:
             count = 0
             while count <= max_bytes and (chunk := remote.read(CHUNK_BYTES)):
                 local.write(chunk)
@@ -81,9 +90,9 @@ def _fetch(url: str, target: Path, max_bytes: int) -> None:
         raise ArchiveError(f"{_shown(url)} has more than {max_bytes:,} bytes", hint="Raise limits.total_bytes.")
 
 
-def _open(url: str) -> Any:
+def _open(url: str, options: Mapping[str, Any] | None) -> Any:
     try:
-        file_system, path = fsspec.core.url_to_fs(url)
+        file_system, path = fsspec.core.url_to_fs(url, **(options or {}))
     except ImportError as problem:
         raise MissingDependencyError(
             f"{_shown(url)} needs a package that is not installed", hint=str(problem)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import AdapterError
 from pipeline.package.adapter_weights import check_fits_base, config_number
@@ -18,6 +19,7 @@ def fitting_base_model(
     base_model: str | os.PathLike[str] | None = None,
     models: Mapping[str, str] | None = None,
     cache_dir: Path | None = None,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> FoundBaseModel:
     """Find the base model of a package, as `find_base_model` does, and compare the two, by their headers alone.
 
@@ -27,7 +29,12 @@ def fitting_base_model(
         TokenizerError: The package's tokenizer is for another base model.
     """
     found = find_base_model(
-        package.base, base_model=base_model, models=models, package=package.label, cache_dir=cache_dir
+        package.base,
+        base_model=base_model,
+        models=models,
+        package=package.label,
+        cache_dir=cache_dir,
+        storage_options=storage_options,
     )
     check_fits_base(package.adapter_weights, package.adapter, found.path, label=package.label)
     hidden_size = config_number(found.path, "hidden_size")

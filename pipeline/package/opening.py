@@ -42,7 +42,7 @@ def open_package(
             package is whole; `"trusted"` for one by a key of the trust store. A signature that is wrong is always
             refused.
         allow_rollback: With `trust="trusted"`, open a package though a newer version of it was opened so before.
-        storage_options: Of the file system of what is staged.
+        storage_options: Passed to the file system of a URL, e.g. an endpoint.
 
     Raises:
         LoadError: As `PackageNotFoundError`, `ArchiveError`, `ManifestError`, `IntegrityError`, `TrustError`,
@@ -67,7 +67,7 @@ def _entry(source: str, cache: Path, limits: ArchiveLimits, storage_options: Map
     if reference is not None and reference.kind == "packages":
         return localise(reference, cache, storage_options=storage_options, limits=limits, check=check)
     if is_url(source):
-        with downloaded(source, cache, limits) as copy:
+        with downloaded(source, cache, limits, storage_options) as copy:
             return unpack_cached(copy, cache, limits, source=url_file_name(source), check=check)
     place = Path(source)
     if place.is_dir():
@@ -117,7 +117,13 @@ def _refuse_older(package: ExpertPackage, cache: Path, *, allow_rollback: bool) 
 
 
 def open_planned(
-    path: str | os.PathLike[str], sha256: str, *, planned: str, hint: str, cache_dir: str | None = None
+    path: str | os.PathLike[str],
+    sha256: str,
+    *,
+    planned: str,
+    hint: str,
+    cache_dir: str | None = None,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> ExpertPackage:
     """Open a package in another process than the one that planned with it, and see that it is the same one.
 
@@ -126,12 +132,13 @@ def open_planned(
         sha256: The digest of the package that was planned with.
         planned: What was planned, for the message: `the job`.
         hint: What to do when it is another package.
-        cache_dir: As for `open_package`.
+        cache_dir, storage_options: As for `open_package`.
 
     Raises:
         LoadError: It cannot be used; IntegrityError where it is another.
     """
-    package = open_package(path, cache_dir=None if cache_dir is None else Path(cache_dir))
+    cache = None if cache_dir is None else Path(cache_dir)
+    package = open_package(path, cache_dir=cache, storage_options=storage_options)
     if package.digest != sha256:
         raise IntegrityError(
             f"{os.fspath(path)} is not the package {planned} was planned with",

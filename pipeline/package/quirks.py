@@ -84,7 +84,8 @@ def quirks(document: JsonDocument, strict: ActedOn) -> list[str]:
 def _base_warnings(document: JsonDocument, place: JsonPath, base: BaseModelSpec) -> list[str]:
     found = []
     name = (*place, "name")
-    if "\\" in base.name or base.name.count("/") > 1 or re.match("[A-Za-z]:", base.name):
+    is_path = "\\" in base.name or base.name.count("/") > 1 or re.match(r"[A-Za-z]:|\.\.?/", base.name)
+    if is_path:
         found.append(document.describe(name, f"a path of the machine it was made on; read as {base.short_name!r}"))
     if base.prompt_template not in (None, *PROMPT_TEMPLATES):
         message = f"{base.prompt_template!r} is not a template of the published schema"

@@ -145,7 +145,8 @@ def localise(
     def fill(root: Path) -> tuple[FileRecord, ...]:
         from pipeline.storage import open_storage  # it brings in pyarrow
 
-        storage = open_storage(reference.url, storage_options, error=StoreError, any_protocol=True)
+        options = storage_options if is_url(reference.url) else None
+        storage = open_storage(reference.url, options, error=StoreError, any_protocol=True)
         marker = read_marker(storage, reference.digest)
         if marker is None:
             raise PackageNotFoundError(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import BaseModelError, IntegrityError, StoreError, TrustError
 from pipeline.package.base_model import model_files, why_no_model
 from pipeline.package.cache import FILES_NAME, Kind, default_cache_dir
-from pipeline.package.download import is_url
+from pipeline.package.download import is_url, same_protocol
 from pipeline.package.integrity import FileRecord, content_digest, file_sha256
 from pipeline.package.locks import scratch_directory
 from pipeline.package.opening import open_package
@@ -86,7 +86,8 @@ class PackageStore:
         """Put a package into the store, unless it is there.
 
         Args:
-            package: What `open_package` takes, or what it returned.
+            package: What `open_package` takes, or what it returned. The store's options are for a URL of the same
+                protocol, too.
             cache_dir: As for `open_package`.
             trust: As for `open_package`.
             allow_rollback: With `trust="trusted"`, stage a version though a newer one of that name is staged.
@@ -97,7 +98,13 @@ class PackageStore:
             TrustError: It is not signed as `trust` asks, or is older than what is staged.
         """
         if not isinstance(package, ExpertPackage):
-            package = open_package(package, cache_dir=cache_dir, trust=trust, allow_rollback=allow_rollback)
+            package = open_package(
+                package,
+                cache_dir=cache_dir,
+                trust=trust,
+                allow_rollback=allow_rollback,
+                storage_options=self._options if same_protocol(os.fspath(package), self.url) else None,
+            )
         name, version = package.manifest.name, package.manifest.version
         if trust == "trusted" and not allow_rollback:
             staged = newest(self.versions(name))

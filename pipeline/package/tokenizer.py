@@ -1,7 +1,6 @@
 """Whether a package's tokenizer and chat template can be used: before any library reads them."""
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from pipeline.errors import TokenizerError
 from pipeline.package.adapter_weights import config_number
 from pipeline.package.integrity import FileRecord
+from pipeline.package.patterns import runs_away
 
 CONFIG_NAME = "tokenizer_config.json"
 TOKENIZER_NAME = "tokenizer.json"
@@ -19,9 +19,6 @@ MAX_TEMPLATE_CHARACTERS = 256 << 10
 MAX_PATTERN_CHARACTERS = 4096
 _CODE = ("auto_map", "custom_pipelines", "trust_remote_code")
 _HINT = "Save the tokenizer again with transformers' save_pretrained, without custom code, and pack the expert."
-_NO_SYNTAX = re.compile(r"\\[pPxu]\{[^}]*\}|\\.|\[\^?\]?(?:\\.|\[:\w+:\]|[^\]\\])*\]", re.DOTALL)  # escapes, classes
-_UNBOUNDED = re.compile(r"[*+]|\{\d*,\}")
-_SYNTAX = re.compile(r"[()]|[*+]|\{\d*,\}")
 
 
 def check_tokenizer_config(root: Path, records: Mapping[str, FileRecord], *, source: str) -> None:
@@ -54,7 +51,7 @@ def check_tokenizer(root: Path, records: Mapping[str, FileRecord], *, source: st
     tokenizer = _read(root, records, TOKENIZER_NAME, MAX_TOKENIZER_BYTES, source)
     for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
         for pattern in _patterns(tokenizer.get(part), 0):
-            if len(pattern) > MAX_PATTERN_CHARACTERS or _runs_away(pattern):
+            if len(pattern) > MAX_PATTERN_CHARACTERS or runs_away(pattern):
                 raise TokenizerError(
                     f"{TOKENIZER_NAME} in {source} splits text by a pattern that could take time without end",
                     hint=_HINT,
@@ -164,28 +161,6 @@ def _patterns(value: Any, depth: int) -> Iterator[str]:
     elif isinstance(value, list):
         for inner in value:
             yield from _patterns(inner, depth + 1)
-
-
-def _runs_away(pattern: str) -> bool:
-    """Whether an unbounded repetition stands in a group that is repeated without bound itself, as in `(a+)+`.
-
-    That is the shape of catastrophic backtracking. Groups that give nothing back, `(?>...)`, are no exception: no
-    published tokenizer repeats one.
-    """
-    plain = _NO_SYNTAX.sub("x", pattern)
-    groups = [False]  # of each open group, whether something in it repeats without bound
-    for token in _SYNTAX.finditer(plain):
-        if token.group() == "(":
-            groups.append(False)
-        elif token.group()[0] == ")":
-            inner = len(groups) > 1 and groups.pop()
-            repeats = _UNBOUNDED.match(plain, token.end()) is not None
-            if inner and repeats:
-                return True
-            groups[-1] = groups[-1] or inner or repeats
-        else:
-            groups[-1] = True
-    return False
 
 
 def _templates(root: Path, records: Mapping[str, FileRecord], source: str) -> Iterator[tuple[str, str]]:

@@ -115,7 +115,13 @@ def plan_service(config: ServeConfig) -> ServicePlan:
     base_places: dict[Path, str] = {}
     for expert in config.experts:
         place = expert.package if is_url(expert.package) else os.path.abspath(expert.package)  # noqa: PTH100
-        package = open_package(place, cache_dir=cache_dir, trust=config.trust, allow_rollback=config.allow_rollback)
+        package = open_package(
+            place,
+            cache_dir=cache_dir,
+            trust=config.trust,
+            allow_rollback=config.allow_rollback,
+            storage_options=config.storage_options,
+        )
         name = expert.name or package.manifest.name
         if name in packages or name == AUTO:
             raise ConfigError(
@@ -124,7 +130,13 @@ def plan_service(config: ServeConfig) -> ServicePlan:
                 hint="Give one of them another name: experts[].name.",
             )
         request_defaults(package, {})
-        base = fitting_base_model(package, base_model=config.base_model, models=config.models, cache_dir=cache_dir)
+        base = fitting_base_model(
+            package,
+            base_model=config.base_model,
+            models=config.models,
+            cache_dir=cache_dir,
+            storage_options=config.storage_options,
+        )
         packages[name] = package
         base_places[base.path.resolve()] = base.place
         bases[base.path.resolve()].append(StagedExpert(name, place, package.digest, expert.pin))
@@ -165,6 +177,7 @@ def _groups(
             kv_cache_bytes=config.kv_cache_bytes,
             max_resident=config.max_resident_experts,
             max_prompt_tokens=config.limits.max_prompt_tokens,
+            storage_options=config.storage_options,
         )
         taken = {group.name for group in groups}
         name = f"ExpertReplica-{Path(base_places[path]).name[:40]}"

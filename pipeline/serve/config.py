@@ -112,6 +112,11 @@ class ServeConfig(BaseModel):
     cache_dir: PathText | None = Field(
         None, description="Folder on each machine for unpacked packages; left out, the user's cache folder."
     )
+    storage_options: Annotated[dict[str, Any], BeforeValidator(section)] = Field(
+        default_factory=dict,
+        description="Options of the storage (fsspec) of packages and base models that are named by a URL, such as an "
+        "endpoint. Not for secrets: the environment is.",
+    )
     device: Text | None = Field(None, description="Device of each replica: cpu, cuda; left out, the best there is.")
     dtype: DtypeName | None = Field(None, description="Number format of the weights; left out, what suits the device.")
     quantization: Literal["int8", "int4", "none"] = Field(

@@ -4,10 +4,10 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
@@ -56,7 +56,8 @@ class ReplicaJob:
         num_sharing: How many replicas may share them.
         max_resident: Experts on the device at once.
         max_prompt_tokens: Longer prompts are refused; None for what the model's context holds.
-        cache_dir, device, dtype, quantization, batch_size, max_batch_tokens, kv_cache_bytes: See `ServeConfig`.
+        cache_dir, device, dtype, quantization, batch_size, max_batch_tokens, kv_cache_bytes, storage_options: See
+            `ServeConfig`.
     """
 
     experts: tuple[StagedExpert, ...]
@@ -72,6 +73,7 @@ class ReplicaJob:
     kv_cache_bytes: int | None = None
     max_resident: int = 32
     max_prompt_tokens: int | None = None
+    storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
 
 class ExpertReplica:
@@ -165,12 +167,12 @@ class ExpertReplica:
         from pipeline.serve.local import LocalBackend
 
         started = self._note("imports", started)
-        base_path = local_base_model(job.base_place, job.cache_dir)
+        base_path = local_base_model(job.base_place, job.cache_dir, job.storage_options)
         num_cores = os.cpu_count() or 1
         # Ray tells the libraries to use the cores that an actor reserves, one unless told otherwise.
         share = useful_threads(base_path, max(1, num_cores // job.num_sharing))
         torch.set_num_threads(min(job.num_threads or share, num_cores))
-        packages = {expert.name: open_staged(expert, job.cache_dir) for expert in job.experts}
+        packages = {expert.name: open_staged(expert, job.cache_dir, job.storage_options) for expert in job.experts}
         started = self._note("packages", started)
         experts = open_experts(
             packages,
@@ -215,14 +217,23 @@ class ExpertReplica:
             await asyncio.sleep(GAUGE_SECONDS)
 
 
-def open_staged(expert: StagedExpert, cache_dir: str | None) -> ExpertPackage:
+def open_staged(
+    expert: StagedExpert, cache_dir: str | None, storage_options: Mapping[str, Any] | None = None
+) -> ExpertPackage:
     """Open an expert's package, and see that it is the one that the service was planned with.
 
     Raises:
         LoadError: It cannot be used; IntegrityError where it is another.
     """
     hint = "Do not replace a package while a service runs; deploy the service again."
-    return open_planned(expert.package, expert.sha256, planned="the service", hint=hint, cache_dir=cache_dir)
+    return open_planned(
+        expert.package,
+        expert.sha256,
+        planned="the service",
+        hint=hint,
+        cache_dir=cache_dir,
+        storage_options=storage_options,
+    )
 
 
 async def _the_same(name: str) -> str:

@@ -1,6 +1,6 @@
 """Run each fuzz target for a while, in a process of its own, from seeds made of the table of hostile packages.
 
-    python -m tests.fuzz --seconds 300 [archive manifest safetensors]
+    python -m tests.fuzz --seconds 300 [archive manifest safetensors adapter template]
 
 A finding is written to build/fuzz/<target>/findings; the exit code is 1 when there is one.
 """

@@ -6,17 +6,22 @@ import json
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from pipeline.errors import LoadError
+from pipeline.package.adapter import read_adapter_config
+from pipeline.package.adapter_weights import check_adapter_weights
 from pipeline.package.archive import unpack
 from pipeline.package.limits import ArchiveLimits
 from pipeline.package.manifest_reader import read_manifest
-from pipeline.package.weights import read_safetensors_header
-from tests.package.expert_fixtures import expert_files, tar, weights
-from tests.package.hostile_cases import ARCHIVES, PACKAGES, ZIPS, zipped, zst
+from pipeline.package.template_trial import try_template
+from pipeline.package.weights import TensorInfo, read_safetensors_header
+from tests.package.expert_fixtures import ADAPTER_CONFIG, expert_files, tar, tensors, weights
+from tests.package.hostile_archives import ARCHIVES, ZIPS, zipped, zst
+from tests.package.hostile_packages import PACKAGES
+from tests.package.template_texts import HOSTILE, SANE
 
 LIMITS = ArchiveLimits(total_bytes=1 << 20, file_bytes=1 << 20, members=100, path_length=200, depth=8)
 _GZIP, _PLAIN = b"\x1f\x8b", b"tar:"
@@ -58,10 +63,32 @@ def safetensors(data: bytes) -> None:
     path.unlink()
 
 
+def adapter(data: bytes) -> None:
+    """An adapter's config, a NUL, and the names and shapes of its tensors as JSON."""
+    config_text, _, shapes = data.partition(b"\0")
+    with suppress(LoadError):
+        config, _ = read_adapter_config(config_text, source="x")
+        with suppress(ValueError, RecursionError):
+            listed = json.loads(shapes)
+            tensors = [
+                TensorInfo(str(name), "F32", tuple(size for size in shape if type(size) is int and size >= 0))
+                for name, shape in (listed.items() if isinstance(listed, dict) else ())
+                if isinstance(shape, list)
+            ]
+            check_adapter_weights(tensors, config, source="x")
+
+
+def template(data: bytes) -> None:
+    """A chat template: whatever it tries, it is rendered or refused, in time and in memory that libFuzzer bounds."""
+    try_template(data.decode("utf-8", "replace"))
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "archive": archive,
     "manifest": manifest,
     "safetensors": safetensors,
+    "adapter": adapter,
+    "template": template,
 }
 
 
@@ -77,9 +104,30 @@ def seeds(target: str) -> Iterator[bytes]:
                 with suppress(OSError, EOFError, zlib.error):
                     yield _PLAIN + gzip.decompress(data)
         return
-    name = {"manifest": "manifest.json", "safetensors": "adapter_model.safetensors"}[target]
+    if target == "template":
+        yield from (text.encode() for text in (*SANE, *HOSTILE))
+        return
+    if target == "adapter":
+        shapes = {name: list(value.shape) for name, value in tensors().items()}
+        yield json.dumps(ADAPTER_CONFIG).encode() + b"\0" + json.dumps(shapes).encode()
+    name = {"adapter": "adapter_config.json", "manifest": "manifest.json", "safetensors": "adapter_model.safetensors"}[
+        target
+    ]
     yield weights() if target == "safetensors" else expert_files()[name]
     for _, make, _, _ in PACKAGES:
         files = make()
         if name in files:
-            yield files[name]
+            yield files[name] + (_shapes(files) if target == "adapter" else b"")
+
+
+def _shapes(files: Mapping[str, bytes]) -> bytes:
+    """The names and shapes of an adapter's tensors, after a NUL; nothing where they cannot be read."""
+    path = _HOME / "seed.safetensors"
+    path.write_bytes(files.get("adapter_model.safetensors", b""))
+    try:
+        found = read_safetensors_header(path, source="x")
+    except LoadError:
+        return b""
+    finally:
+        path.unlink()
+    return b"\0" + json.dumps({tensor.name: list(tensor.shape) for tensor in found}).encode()

@@ -1,526 +1,32 @@
-"""Hostile and broken packages, each made at test time, and what must be said of it.
+"""The table of hostile and broken packages: each is made at test time, and refused by name or taken for what it is.
 
 The numbers are those of the project's list of hostile inputs: 1 to 33 archives, 34 to 49 manifests and signatures, 50
-to 63 weights, 64 to 70 tokenizers and templates.
+to 63 weights, 64 to 70 tokenizers and templates. Each number has a case at least.
 """
 
-import gzip
-import io
+import hashlib
 import json
-import struct
-import tarfile
-import zipfile
-import zlib
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import numpy as np
-import zstandard
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from safetensors.numpy import save
 
 from pipeline.package import ArchiveLimits
-from tests.package.expert_fixtures import (
-    ADAPTER_CONFIG,
-    PREFIX,
-    archive,
-    expert_files,
-    good_members,
-    header,
-    manifest,
-    member,
-    padded,
-    pax,
-    tar,
-    tensors,
-    weights,
-)
+from pipeline.package.builder import sign
+from pipeline.package.signatures import TrustPolicy
+from tests.package.expert_fixtures import archive, expert_files, manifest, member, weights, write_files
+from tests.package.hostile_archives import ARCHIVES, GOOD, ZIPS
+from tests.package.hostile_packages import PACKAGES, files, manifest_text, one_base
 
+NUMBERS = range(1, 71)
 SMALL = ArchiveLimits(total_bytes=64 << 20, file_bytes=32 << 20, members=200, path_length=200, depth=8)
-LINK, HARD, DIRECTORY = tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE
-GOOD = good_members()
-LINK, HARD, DIRECTORY = tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE
-
-
-def sparse() -> bytes:
-    return header(b"hole", 0, tarfile.GNUTYPE_SPARSE)
-
-
-def gnu_long(name: bytes) -> bytes:
-    return member(b"././@LongLink", name + b"\0", tarfile.GNUTYPE_LONGNAME)
-
-
-def bomb() -> bytes:
-    return archive(GOOD, member("zeros", bytes(30 << 20)))
-
-
-def bad_crc() -> bytes:
-    whole = bytearray(archive(GOOD))
-    whole[-8] ^= 1
-    return bytes(whole)
-
-
-def bad_header_sum() -> bytes:
-    block = bytearray(header(b"a"))
-    block[0] ^= 1
-    return archive(GOOD, bytes(block))
-
-
-def zipped(
-    files: Mapping[str, bytes] | None = None, change: Callable[[zipfile.ZipInfo], object] = lambda _: None
-) -> bytes:
-    """A zip of a valid package; `change` alters its entries before they are written."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as packed:
-        for name, data in (files or expert_files()).items():
-            info = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
-            info.compress_type = zipfile.ZIP_DEFLATED
-            change(info)
-            packed.writestr(info, data)
-    return buffer.getvalue()
-
-
-def patched(data: bytes, find: bytes, put: bytes, which: int = 0) -> bytes:
-    """The bytes with one occurrence of `find` replaced, counted from the front, or from the end below 0."""
-    places = [at for at in range(len(data)) if data.startswith(find, at)]
-    at = places[which]
-    return data[:at] + put + data[at + len(find) :]
-
-
-def overlapping_zip() -> bytes:
-    """A zip whose two entries share the bytes of one member."""
-    one = zipped({"manifest.json": bytes(1000)})
-    end = one.rindex(b"PK\x05\x06")
-    start = one.index(b"PK\x01\x02")
-    central = one[start:end]
-    other = central.replace(b"manifest.json", b"manifest.jsoo")
-    tail = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 2, 2, 2 * len(central), start, 0)
-    return one[:start] + central + other + tail
-
-
-def with_symlink(info: zipfile.ZipInfo) -> None:
-    if info.filename == "grammar.gbnf":
-        info.external_attr = 0o120777 << 16
-
-
-def encrypted() -> bytes:
-    data = bytearray(zipped())
-    for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
-        data[data.index(signature) + offset] |= 1
-    return bytes(data)
-
-
-def zst(data: bytes, **options: Any) -> bytes:
-    return zstandard.ZstdCompressor(write_checksum=True, **options).compress(data)
-
-
-ARCHIVES: list[tuple[str, Callable[[], bytes], str]] = [
-    ("01 parent", lambda: archive(GOOD, member("../canary/x")), "holds '..'"),
-    ("01 parent inside", lambda: archive(GOOD, member("a/../../canary/x")), "holds '..'"),
-    ("01 parent directory", lambda: archive(GOOD, member("..", kind=DIRECTORY)), "holds '..'"),
-    ("01 parent by pax", lambda: archive(GOOD, pax([(b"path", b"../canary/x")]), member("x")), "holds '..'"),
-    ("01 parent by GNU name", lambda: archive(GOOD, gnu_long(b"../canary/x"), member("x")), "holds '..'"),
-    ("02 absolute", lambda: archive(GOOD, member("/tmp/x")), "is absolute"),  # noqa: S108  # never written
-    ("03 drive", lambda: archive(GOOD, member("C:/x")), "drive letter"),
-    ("03 backslash", lambda: archive(GOOD, member("..\\x")), "backslash"),
-    ("04 symlink out", lambda: archive(GOOD, header(b"l", kind=LINK, link=b"../canary")), "is a symbolic link"),
-    (
-        "05 chained symlinks",
-        lambda: archive(GOOD, header(b"a", kind=LINK, link=b"b"), header(b"b", kind=LINK, link=b"..")),
-        "is a symbolic link",
-    ),
-    (
-        "06 write through a symlink",
-        lambda: archive(GOOD, header(b"l", kind=LINK, link=b"../canary"), member("l/x")),
-        "is a symbolic link",
-    ),
-    ("07 hard link", lambda: archive(GOOD, header(b"l", kind=HARD, link=b"/etc/passwd")), "is a hard link"),
-    ("08 hard link inside", lambda: archive(GOOD, header(b"l", kind=HARD, link=b"a/b")), "is a hard link"),
-    ("07 pax linkpath", lambda: archive(GOOD, pax([(b"linkpath", b"/etc/passwd")]), member("x")), "is a link"),
-    ("04 GNU long link", lambda: archive(GOOD, member(b"l", b"x" * 200, tarfile.GNUTYPE_LONGLINK)), "is a link"),
-    ("09 long path", lambda: archive(GOOD, pax([(b"path", b"a/" * 2500 + b"x")]), member("x")), "longer than 200"),
-    ("22 long part", lambda: archive(GOOD, pax([(b"path", b"n" * 10_000)]), member("x")), "longer than 200"),
-    ("22 deep path", lambda: archive(GOOD, pax([(b"path", b"a/" * 20 + b"x")]), member("x")), "deeper than 8"),
-    ("10 character device", lambda: archive(GOOD, header(b"d", kind=tarfile.CHRTYPE)), "a character device"),
-    ("10 block device", lambda: archive(GOOD, header(b"d", kind=tarfile.BLKTYPE)), "a block device"),
-    ("10 pipe", lambda: archive(GOOD, header(b"d", kind=tarfile.FIFOTYPE)), "a named pipe"),
-    ("10 unknown type", lambda: archive(GOOD, header(b"d", kind=b"Z")), "unknown type"),
-    ("11 duplicate", lambda: archive(GOOD, member("grammar.gbnf", b"other")), "occurs twice"),
-    ("11 duplicate by dot", lambda: archive(GOOD, member("./grammar.gbnf", b"other")), "occurs twice"),
-    ("12 case", lambda: archive(GOOD, member("GRAMMAR.gbnf")), "one name on some file systems"),
-    ("12 case of a directory", lambda: archive(GOOD, member("Tests/x")), "one name on some file systems"),
-    ("12 NFC and NFD", lambda: archive(GOOD, member("\u00e9"), member("e\u0301")), "one name on some file systems"),
-    ("13 file then directory", lambda: archive(GOOD, member("x"), member("x/y")), "both a file and a directory"),
-    ("13 directory then file", lambda: archive(GOOD, member("x/y"), member("x")), "both a file and a directory"),
-    ("14 bomb by size", lambda: archive(GOOD, member("z", bytes(33 << 20))), "a file may have"),
-    ("14 bomb by ratio", bomb, "times its size"),
-    ("14 bomb after the end", lambda: gzip.compress(tar(GOOD) + bytes(30 << 20)), "times its size"),
-    ("17 truncated gzip", lambda: archive(GOOD)[:-200], "cut short"),
-    ("17 truncated trailer", lambda: archive(GOOD)[:-4], "cut short"),
-    ("17 header only", lambda: archive(GOOD)[:10], "cut short"),
-    ("17 truncated tar", lambda: gzip.compress(GOOD + padded(b"x")[:100]), "ends inside a member's header"),
-    ("17 no end of archive", lambda: gzip.compress(GOOD), "ends inside a member's header"),
-    ("17 truncated member", lambda: gzip.compress(GOOD + header(b"x", 1000) + b"short"), "ends inside 'x'"),
-    ("18 bad CRC", bad_crc, "fails its checksum"),
-    ("18 bad header checksum", bad_header_sum, "header is corrupt"),
-    ("18 flipped bits", lambda: archive(GOOD)[:60] + b"\xff" * 40 + archive(GOOD)[100:], "corrupt"),
-    ("19 trailing garbage", lambda: archive(GOOD) + b"garbage", "follows the end of the gzip stream"),
-    ("19 garbage in the tar", lambda: gzip.compress(tar(GOOD) + b"x"), "follows the end of the tar"),
-    ("20 concatenated gzip", lambda: archive(GOOD) + archive(member("more")), "follows the end of the gzip stream"),
-    ("20 second tar", lambda: gzip.compress(tar(GOOD) + tar(member("more"))), "follows the end of the tar"),
-    ("21 many members", lambda: archive(*(member(f"m{number}") for number in range(300))), "more than 200 members"),
-    ("21 many global headers", lambda: archive(*[pax([(b"comment", b"x")], tarfile.XGLTYPE)] * 300), "more than 200"),
-    ("23 GNU sparse", lambda: archive(GOOD, sparse()), "a sparse file"),
-    ("23 pax sparse", lambda: archive(GOOD, pax([(b"GNU.sparse.major", b"1")]), member("x")), "a sparse file"),
-    ("24 not UTF-8", lambda: archive(GOOD, member(b"\xff\xfe")), "not UTF-8"),
-    ("24 NUL in a field", lambda: archive(GOOD, member(b"good\0evil")), "holds a NUL"),
-    ("24 NUL in pax", lambda: archive(GOOD, pax([(b"path", b"a\0b")]), member("x")), "control character"),
-    ("24 newline", lambda: archive(GOOD, member("a\nb")), "control character"),
-    ("25 pax size", lambda: archive(GOOD, pax([(b"size", b"1024")]), member("x", b"a")), "different sizes"),
-    ("26 negative size", lambda: archive(GOOD, header(b"x", size_field=b"\xff" * 11 + b"\x00")), "bytes"),
-    ("26 size in letters", lambda: archive(GOOD, header(b"x", size_field=b"00000z00000\0")), "header is corrupt"),
-    ("26 huge size", lambda: archive(GOOD, header(b"x", size_field=b"\x80" + b"\x7f" * 11)), "a file may have"),
-    (
-        "27 unterminated pax",
-        lambda: archive(GOOD, member(b"p", b"12 path=abc", tarfile.XHDTYPE), member("x")),
-        "corrupt",
-    ),
-    (
-        "27 pax of length 0",
-        lambda: archive(GOOD, member(b"p", b"0 path=abc\n", tarfile.XHDTYPE), member("x")),
-        "corrupt",
-    ),
-    ("27 huge pax", lambda: archive(GOOD, header(b"p", 1 << 30, tarfile.XHDTYPE)), "an extended header has"),
-    ("27 pax at the end", lambda: archive(GOOD, pax([(b"path", b"a")])), "after an extended header"),
-    ("27 pax twice", lambda: archive(GOOD, pax([(b"path", b"a")]), pax([(b"path", b"b")]), member("x")), "repeated"),
-    ("27 pax key twice", lambda: archive(GOOD, pax([(b"path", b"a"), (b"path", b"b")]), member("x")), "twice"),
-    (
-        "27 global path",
-        lambda: archive(GOOD, pax([(b"path", b"a")], tarfile.XGLTYPE), member("x")),
-        "set values for all",
-    ),
-    ("28 two long names", lambda: archive(GOOD, gnu_long(b"a"), pax([(b"path", b"b")]), member("x")), "both a GNU"),
-    ("29 file named as directory", lambda: archive(GOOD, member("x/")), "with the name of a directory"),
-    ("29 directory with content", lambda: archive(GOOD, member("x", b"abc", DIRECTORY)), "a directory none"),
-    ("33 plain tar", lambda: tar(GOOD), "a tar archive without gzip"),
-    ("33 web page", lambda: b"<!DOCTYPE html>", "a web page"),
-    ("33 Git LFS pointer", lambda: b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
-    ("33 random", lambda: b"\x00\x01\x02", "something else"),
-    ("32 empty file", lambda: b"", "an empty file"),
-]
-ZIPS: list[tuple[str, Callable[[], bytes], str]] = [
-    ("01 zip parent", lambda: zipped({"../canary/x": b""}), "holds '..'"),
-    ("02 zip absolute", lambda: zipped({"/tmp/x": b""}), "is absolute"),  # noqa: S108  # never written
-    ("03 zip backslash", lambda: patched(patched(zipped({"a/b": b""}), b"a/b", b"a\\b"), b"a/b", b"a\\b"), "backslash"),
-    ("04 zip symlink", lambda: zipped(change=with_symlink), "a symbolic link"),
-    ("12 zip case", lambda: zipped({"a": b"", "A": b""}), "one name on some file systems"),
-    ("14 zip bomb", lambda: zipped({"z": bytes(30 << 20)}), "times its size"),
-    ("15 overlapping zip", overlapping_zip, "its members overlap"),
-    ("17 zip cut", lambda: zipped()[:-5], "is cut short"),
-    ("17 zip directory only", lambda: b"PK\x03\x04", "is cut short"),
-    (
-        "18 zip CRC",
-        lambda: zipped({"a": b"x" * 100}).replace(struct.pack("<L", zlib.crc32(b"x" * 100)), b"abcd"),
-        "corrupt",
-    ),
-    ("19 zip trailing garbage", lambda: zipped() + b"garbage", "something follows its end"),
-    ("20 stacked zips", lambda: zipped() + zipped(), "not where its end says"),
-    ("21 zip many members", lambda: zipped({f"m{number}": b"" for number in range(300)}), "more than 200 members"),
-    ("22 zip deep path", lambda: zipped({"a/" * 20 + "x": b""}), "deeper than 8"),
-    ("24 zip not UTF-8", lambda: zipped({"abc": b""}).replace(b"abc", b"a\xffc"), "not UTF-8"),
-    ("29 zip other local name", lambda: patched(zipped(), b"grammar.gbnf", b"grammaR.gbnf"), "two headers differ"),
-    (
-        "29 zip other size",
-        lambda: patched(zipped({"a": b"xyz"}), struct.pack("<L", 3), struct.pack("<L", 4), 0),
-        "differ",
-    ),
-    ("30 zip encrypted", encrypted, "is encrypted"),
-    (
-        "30 zip unknown method",
-        lambda: zipped({"a": b""}, lambda info: setattr(info, "compress_type", zipfile.ZIP_LZMA)),
-        "a method that is not known (14)",
-    ),
-    ("33 zip comment", lambda: zipped()[:-2] + b"\x01\x00x", "something follows its end"),
-    ("17 zst cut", lambda: zst(tar(GOOD))[:-10], "is cut short"),
-    ("18 zst checksum", lambda: zst(tar(GOOD))[:-1] + b"x", "fails its checksum"),
-    ("19 zst trailing garbage", lambda: zst(tar(GOOD)) + b"x", "follows the end of the zstandard frame"),
-    ("20 zst second frame", lambda: zst(tar(GOOD)) + zst(tar(GOOD)), "follows the end of the zstandard frame"),
-    ("14 zst bomb", lambda: zst(tar(GOOD) + bytes(60 << 20)), "times its size"),
-    ("33 zst garbage", lambda: b"\x28\xb5\x2f\xfd" + bytes(100), "zstandard"),
-    ("33 zst of no tar", lambda: zst(b"no tar"), "ends inside a member's header"),
-    ("19 gzip comment", lambda: b"\x1f\x8b\x08\x10\0\0\0\0\0\xffhello\0" + archive(GOOD)[10:], "a seal that is broken"),
-]
-
-
-def files(**changes: Any) -> Callable[[], dict[str, bytes]]:
-    """A package with some files replaced; values that are not bytes are written as JSON."""
-
-    def build() -> dict[str, bytes]:
-        plain = {
-            name: value if isinstance(value, bytes) or value is None else json.dumps(value).encode()
-            for name, value in changes.items()
-        }
-        return expert_files(**plain)
-
-    return build
-
-
-def manifest_text(old: str, new: str) -> Callable[[], dict[str, bytes]]:
-    text = json.dumps(manifest())
-    if old not in text:
-        raise ValueError(old)
-    return files(manifest__json=text.replace(old, new, 1).encode())
-
-
-def one_base(**changes: Any) -> dict[str, Any]:
-    return manifest(base_models=[{"name": "Tiny", "adapters": [{"type": "dora"} | changes]}])
-
-
-def tensor_file(header_: Any, data: bytes = bytes(8), length: int | None = None) -> bytes:
-    text = header_ if isinstance(header_, bytes) else json.dumps(header_).encode()
-    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
-
-
-def safetensors(**changes: Any) -> Callable[[], dict[str, bytes]]:
-    return files(adapter_model__safetensors=weights(**changes))
-
-
-def no_number(value: float) -> Callable[[], dict[str, bytes]]:
-    down = tensors()[f"{PREFIX}.lora_A.weight"].copy()
-    down[1, 2] = value
-    return safetensors(lora_A=down)
-
-
-def soft_prompt(data: bytes, name: str = "p.pt") -> Callable[[], dict[str, bytes]]:
-    spec = manifest(soft_prompts=[{"name": "p", "path": name, "tokens": 2}])
-    return lambda: expert_files(manifest__json=json.dumps(spec).encode()) | {name: data}
-
-
-def tokenizer(**parts: Any) -> bytes:
-    return json.dumps(parts).encode()
-
-
-ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
-DEEP = b'{"name": ' + b"[" * 100_000
-NAN = float("nan")
-PACKAGES: list[tuple[str, Callable[[], dict[str, bytes]], str, str]] = [
-    ("32 no manifest", files(manifest__json=None), "ManifestError", "holds no manifest.json at its root"),
-    ("34 missing field", files(manifest__json=manifest(name=...)), "ManifestError", "name: Field required"),
-    (
-        "35 true for an int",
-        files(manifest__json=one_base(r=True)),
-        "ManifestError",
-        "r: Input should be a valid integer",
-    ),
-    ("36 NaN", manifest_text("0.7", "NaN"), "ManifestError", "NaN is not a JSON number"),
-    ("36 Infinity", manifest_text("0.7", "-Infinity"), "ManifestError", "Infinity is not a JSON number"),
-    ("37 10^400", manifest_text("0.7", "1" + "0" * 400), "ManifestError", "does not fit 64 bits"),
-    ("37 1e999", manifest_text("0.7", "1e999"), "ManifestError", "does not fit 64 bits"),
-    ("38 100,000 levels", files(manifest__json=DEEP), "ManifestError", "nested deeper than 64 levels"),
-    ("39 byte order mark", lambda: expert_files(manifest__json=b"\xef\xbb\xbf{}"), "ManifestError", "byte order mark"),
-    ("39 UTF-16", lambda: expert_files(manifest__json="{}".encode("utf-16")), "ManifestError", "UTF-16"),
-    ("40 duplicate key", manifest_text('"name"', '"name": "expert-x", "name"'), "ManifestError", "occurs twice"),
-    ("41 array at the root", files(manifest__json=b"[]"), "ManifestError", "not an object"),
-    ("42 unknown schema", files(manifest__json=manifest(schema_version="3.0")), "ManifestError", "schema_version"),
-    (
-        "44 path not in the archive",
-        files(manifest__json=manifest(soft_prompts=[{"name": "p", "path": "gone.pt", "tokens": 4}])),
-        "ManifestError",
-        "'gone.pt' is not in the package",
-    ),
-    ("46 sha256 wrong", files(manifest__json=one_base(sha256="0" * 64)), "IntegrityError", "differs from its checksum"),
-    ("46 sha256 is none", files(manifest__json=one_base(sha256="xyz")), "ManifestError", "64 hexadecimal digits"),
-    ("47 list without signature", files(integrity__json={}), "TrustError", "without signature.sig"),
-    ("47 signature without list", files(signature__sig=b"ab" * 64 + b"\n"), "TrustError", "says what was signed"),
-    (
-        "49 name with a slash",
-        files(manifest__json=manifest(name="expert-a/b")),
-        "ManifestError",
-        "name: Input should match",
-    ),
-    ("49 name with ..", files(manifest__json=manifest(name="expert-..")), "ManifestError", "name: Input should match"),
-    (
-        "49 name with a newline",
-        files(manifest__json=manifest(name="expert-a\n")),
-        "ManifestError",
-        "name: Input should",
-    ),
-    ("34 constraint", files(manifest__json=manifest(constraints={"requires": ["a@@"]})), "ManifestError", "no range"),
-    (
-        "50 header of length 0",
-        files(adapter_model__safetensors=tensor_file({}, length=0)),
-        "AdapterError",
-        "claims 0 bytes",
-    ),
-    (
-        "50 header beyond",
-        files(adapter_model__safetensors=tensor_file({}, length=9999)),
-        "AdapterError",
-        "claims 9,999",
-    ),
-    ("50 header 2^63", files(adapter_model__safetensors=tensor_file({}, length=2**63)), "AdapterError", "claims 9,223"),
-    (
-        "51 overlap",
-        files(adapter_model__safetensors=tensor_file({"a": ONE, "b": ONE})),
-        "AdapterError",
-        "begins at byte 0",
-    ),
-    (
-        "51 hole",
-        files(adapter_model__safetensors=tensor_file({"a": ONE | {"data_offsets": [4, 12]}}, bytes(12))),
-        "AdapterError",
-        "begins at byte 4",
-    ),
-    (
-        "52 shape overflow",
-        files(adapter_model__safetensors=tensor_file({"a": ONE | {"shape": [2**62, 2**62]}})),
-        "AdapterError",
-        "do not fit",
-    ),
-    (
-        "53 duplicate tensor",
-        files(adapter_model__safetensors=tensor_file(b'{"a": %b, "a": %b}' % ((json.dumps(ONE).encode(),) * 2))),
-        "AdapterError",
-        "a name occurs twice",
-    ),
-    ("54 NaN", no_number(NAN), "AdapterError", "not finite"),
-    ("54 infinity", no_number(float("-inf")), "AdapterError", "not finite"),
-    (
-        "54 half-precision infinity",
-        safetensors(lora_A=np.full((4, 8), np.inf, np.float16)),
-        "AdapterError",
-        "not finite",
-    ),
-    ("55 rank", safetensors(lora_A=np.zeros((5, 8), "f4"), lora_B=np.zeros((8, 5), "f4")), "AdapterError", "rank 5"),
-    ("55 two ranks", safetensors(lora_A=np.zeros((5, 8), "f4")), "AdapterError", "do not belong together"),
-    ("55 integers", safetensors(lora_A=np.zeros((4, 8), "i4")), "AdapterError", "dtype I32"),
-    (
-        "56 another base",
-        safetensors(lora_A=np.zeros((4, 16), "f4")),
-        "AdapterError",
-        "the adapter is for [8, 16], the base model has [8, 8]",
-    ),
-    ("57 missing key", safetensors(lora_B=None), "AdapterError", "lora_B: missing"),
-    ("57 missing magnitude", safetensors(lora_magnitude_vector=None), "AdapterError", "lora_magnitude_vector: missing"),
-    ("57 extra key", safetensors(other=np.zeros(2, "f4")), "AdapterError", "other.weight: not a tensor of a dora"),
-    (
-        "58 r = 10^9",
-        files(adapter_config__json=ADAPTER_CONFIG | {"r": 10**9}),
-        "AdapterError",
-        "r: Input should be less",
-    ),
-    (
-        "59 pickle instead of safetensors",
-        files(adapter_model__safetensors=None, adapter_model__bin=b"\x80\x04"),
-        "AdapterError",
-        "a pickle",
-    ),
-    (
-        "60 auto_mapping",
-        files(
-            adapter_config__json=ADAPTER_CONFIG | {"auto_mapping": {"base_model_class": "x", "parent_library": "os"}}
-        ),
-        "AdapterError",
-        "auto_mapping: names code",
-    ),
-    (
-        "60 megatron",
-        files(adapter_config__json=ADAPTER_CONFIG | {"megatron_core": "evil"}),
-        "AdapterError",
-        "names code",
-    ),
-    (
-        "62 soft prompt of NaN",
-        soft_prompt(save({"prompt": np.full((2, 8), NAN, "f4")}), "p.safetensors"),
-        "AdapterError",
-        "not finite",
-    ),
-    ("62 pickled soft prompt", soft_prompt(b"\x80\x04N."), "AdapterError", "is not a zip file"),
-    (
-        "63 soft prompt of another width",
-        soft_prompt(save({"prompt": np.zeros((2, 7), "f4")}), "p.safetensors"),
-        "AdapterError",
-        "the base model has embeddings of 8",
-    ),
-    (
-        "64 auto_map",
-        files(tokenizer_config__json={"auto_map": {"AutoTokenizer": ["x.Y", None]}}),
-        "TokenizerError",
-        "names code to run",
-    ),
-    ("64 tokenizer config is no object", files(tokenizer_config__json=[1]), "TokenizerError", "no JSON object"),
-    ("64 tokenizer is no JSON", files(tokenizer__json=b"{"), "TokenizerError", "not valid JSON"),
-    (
-        "65 endless template",
-        files(
-            tokenizer_config__json={
-                "chat_template": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-            }
-        ),
-        "TokenizerError",
-        "takes more than",
-    ),
-    (
-        "65 endless recursion",
-        files(tokenizer_config__json={"chat_template": "{% macro m() %}{{ m() }}{{ m() }}{% endmacro %}{{ m() }}"}),
-        "TokenizerError",
-        "chat template",
-    ),
-    (
-        "66 template that makes a gigabyte",
-        files(tokenizer_config__json={"chat_template": "{{ 'a' * 1000000000 }}"}),
-        "TokenizerError",
-        "chat template",
-    ),
-    (
-        "66 template that doubles",
-        files(
-            tokenizer_config__json={
-                "chat_template": "{% set ns = namespace(x='aaaaaaaa') %}{% for a in range(60) %}"
-                "{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}"
-            }
-        ),
-        "TokenizerError",
-        "chat template",
-    ),
-    (
-        "66 template that pads",
-        files(tokenizer_config__json={"chat_template": "{{ 'a'.center(1000000000) }}"}),
-        "TokenizerError",
-        "chat template",
-    ),
-    (
-        "67 template that leaves the sandbox",
-        files(tokenizer_config__json={"chat_template": "{{ ''.__class__.__mro__[1].__subclasses__() }}"}),
-        "TokenizerError",
-        "is unsafe",
-    ),
-    (
-        "67 template that includes",
-        files(chat_template__jinja=b"{% include '/etc/passwd' %}"),
-        "TokenizerError",
-        "another",
-    ),
-    ("67 template that is none", files(chat_template__jinja=b"{% for %}"), "TokenizerError", "line 1"),
-    (
-        "68 catastrophic split",
-        files(tokenizer__json=tokenizer(pre_tokenizer={"type": "Split", "pattern": {"Regex": "(a+)+b"}})),
-        "TokenizerError",
-        "time without end",
-    ),
-    (
-        "69 vocabulary beyond the embedding",
-        files(tokenizer__json=tokenizer(model={"vocab": {"a": 0, "b": 32}})),
-        "TokenizerError",
-        "'b' has the id 32, the base model has embeddings for 32",
-    ),
-    (
-        "70 another end of sequence",
-        files(tokenizer__json=tokenizer(added_tokens=[{"id": 3, "content": "<end>"}])),
-        "TokenizerError",
-        "'<end>': id 3, in the base model 31",
-    ),
-]
+ALICE, MALLORY = bytes([1]) * 32, bytes([2]) * 32  # private keys; Alice's public key is in the trust store
+Built = bytes | dict[str, bytes]
+Build = Callable[[], Built]
 
 
 @dataclass(frozen=True)
@@ -530,19 +36,111 @@ class Case:
     Args:
         name: Its number in the list, and what it is.
         build: Makes the bytes of the file, or the files of a package that is otherwise whole.
-        error: The name of the error's class.
-        says: A part of its text.
+        error: The name of the error's class; empty where the package must open.
+        says: A part of its text; of one that opens, of its warnings and of the names and modes of its files.
+        trust: The policy it is opened with.
+        before: Makes a package that is opened first.
+        base_model: The base model that a person names, below the working directory; None when they name none.
     """
 
     name: str
-    build: Callable[[], bytes | dict[str, bytes]]
+    build: Build
     error: str
     says: str
+    trust: TrustPolicy = "any"
+    before: Build | None = None
+    base_model: str | None = "base"
 
 
+def public_key(private: bytes) -> str:
+    """The text of a key that a trust store holds."""
+    return f"ed25519:{Ed25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw().hex()}"
+
+
+def signed(key: bytes = ALICE, **changes: object) -> dict[str, bytes]:
+    """The files of a package that is signed; keywords change its manifest."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = write_files(Path(folder) / "x", expert_files(manifest__json=json.dumps(manifest(**changes)).encode()))
+        key_file = Path(folder) / "key"
+        key_file.write_bytes(key)
+        sign(root, key_file)
+        return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def with_signature(of: dict[str, bytes], *names: str) -> dict[str, bytes]:
+    """A signed package with files of another one's signature."""
+    return signed() | {name: of[name] for name in names}
+
+
+def without(built: dict[str, bytes], name: str) -> dict[str, bytes]:
+    return {path: data for path, data in built.items() if path != name}
+
+
+def named(name: str) -> Build:
+    """A package that names its base model so."""
+    return files(manifest__json=manifest(base_models=[{"name": name, "adapters": [{"type": "dora"}]}]))
+
+
+SIGNED = [
+    Case("45 member not in integrity.json", lambda: signed() | {"x": b""}, "IntegrityError", "x: not listed"),
+    Case(
+        "45 member that is gone", lambda: without(signed(), "grammar.gbnf"), "IntegrityError", "grammar.gbnf: missing"
+    ),
+    Case("45 member of other bytes", lambda: signed() | {"grammar.gbnf": b""}, "IntegrityError", "signed with sha256"),
+    Case("47 no signature, one is asked for", expert_files, "TrustError", "is not signed; trust is", trust="signed"),
+    Case("47 no signature, a known one is asked for", expert_files, "TrustError", "is not signed", trust="trusted"),
+    Case(
+        "47 signature that is no signature",
+        lambda: signed() | {"signature.sig": b"0" * 127 + b"\n"},
+        "TrustError",
+        "no ed25519 signature",
+    ),
+    Case("47 key of a stranger", lambda: signed(MALLORY), "TrustError", "not in your trust store", trust="trusted"),
+    Case(
+        "47 signature by another key than it names",
+        lambda: with_signature(signed(MALLORY), "signature.sig"),
+        "TrustError",
+        "another key has signed",
+    ),
+    Case(
+        "47 signature of another package",
+        lambda: with_signature(signed(name="expert-other"), "integrity.json", "signature.sig"),
+        "IntegrityError",
+        "it is for expert-other@0.1.0",
+    ),
+    Case(
+        "48 older than the one opened before",
+        lambda: signed(version="0.9.0"),
+        "TrustError",
+        "expert-test@0.9.0 is older than expert-test@0.10.0",
+        trust="trusted",
+        before=lambda: signed(version="0.10.0"),
+    ),
+]
+BASES = [
+    Case("61 base in a directory above", named("../outside"), "BaseModelError", "is not followed", base_model=None),
+    Case("61 base on a path that climbs", named("base/../base"), "BaseModelError", "not followed", base_model=None),
+    Case("61 base behind backslashes", named("..\\outside"), "BaseModelError", "not followed", base_model=None),
+    Case("61 base at a URL", named("https://host/x"), "BaseModelError", "a URL, which is not", base_model=None),
+    Case("61 base at a file URL", named("file:///etc"), "BaseModelError", "a URL, which is not", base_model=None),
+]
+SHA256 = hashlib.sha256(weights()).hexdigest()
+HARMLESS = [
+    Case("16 nested archive stays closed", lambda: archive(GOOD, member("a.expert", archive(GOOD))), "", "a.expert"),
+    Case("31 setuid mode is dropped", lambda: archive(GOOD, member("x", mode=b"0006777\0")), "", "x 0644"),
+    Case("43 unknown field", manifest_text('"license"', '"licence": 1, "license"'), "", "licence: unknown field"),
+    Case("46 sha256 in upper case", files(manifest__json=one_base(sha256=SHA256.upper())), "", "is not signed"),
+    Case("46 sha256 absent", files(manifest__json=one_base(sha256="", size_bytes=0)), "", "is not signed"),
+    Case("59 pickle beside safetensors", files(adapter_model__bin=b"\x80\x04"), "", "is a pickle; it is never opened"),
+    Case("61 base at a URL, one is named", named("https://host/x"), "", "made on; read as 'x'"),
+    Case("61 base above, one is named", named("../x"), "", "made on; read as 'x'"),
+]
 CASES = [
     *(Case(name, build, "ArchiveError", says) for name, build, says in (*ARCHIVES, *ZIPS)),
     *(Case(*case) for case in PACKAGES),
+    *SIGNED,
+    *BASES,
+    *HARMLESS,
 ]
 BASE_FILES = {
     "config.json": json.dumps({"vocab_size": 32, "hidden_size": 8}).encode(),

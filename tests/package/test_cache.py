@@ -1,18 +1,23 @@
 """The cache: whole entries only, whoever asks at the same time, whatever happened to it."""
 
 import json
+import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 from threading import Barrier
 
 import pytest
 
-from pipeline.errors import LoadError
+from pipeline.errors import LoadError, StoreError
 from pipeline.package import open_package
-from pipeline.package.cache import INDEX_NAME, default_cache_dir
+from pipeline.package.cache import INDEX_NAME, default_cache_dir, read_entry
+from tests.package.dying import dying_at
+from tests.package.expert_fixtures import expert_files, weights, write_archive
 
 
 def entries(cache: Path) -> list[Path]:
@@ -117,3 +122,35 @@ def test_the_default_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, expe
     monkeypatch.delenv("EXPERT_CACHE_DIR")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert default_cache_dir() == tmp_path / ".cache" / "expert"
+
+
+def test_one_that_dies_while_it_unpacks_leaves_nothing_that_stays(expert_file: Path, tmp_path: Path) -> None:
+    """At each flush to the disk in turn: what is there is whole or not there, and the next one sweeps."""
+    digest = open_package(expert_file, cache_dir=tmp_path / "undisturbed").digest
+    for step in count(1):
+        cache = tmp_path / str(step)
+        code = dying_at(step, lambda cache=cache: open_package(expert_file, cache_dir=cache))
+        assert code in (0, 9)
+        if code == 0:
+            break
+        assert all(entry.name.startswith(".fresh-") or read_entry(entry) for entry in entries(cache))
+        assert open_package(expert_file, cache_dir=cache).digest == digest
+        (entry,) = [entry for entry in entries(cache) if not entry.name.startswith(".fresh-")]
+        write_archive(tmp_path / f"{step}.expert", expert_files(adapter_model__safetensors=weights(step)))
+        open_package(tmp_path / f"{step}.expert", cache_dir=cache)  # whoever makes an entry sweeps
+        assert not [left for left in entries(cache) if left.name.startswith(".fresh-")]
+        assert entry in entries(cache)
+    assert step > len(expert_files())
+
+
+def test_a_disk_that_is_full_is_told_and_leaves_nothing(tmp_path: Path, cache: Path) -> None:
+    big = write_archive(tmp_path / "big.expert", expert_files() | {"z": os.urandom(300_000)})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    try:
+        with pytest.raises(StoreError, match="the package cache cannot be written"):
+            open_package(big, cache_dir=cache)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert entries(cache) == []
+    assert open_package(big, cache_dir=cache).label == "expert-test@0.1.0"

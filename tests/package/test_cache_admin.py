@@ -1,15 +1,18 @@
 """Looking after the cache: what is in it, whether it is whole, and what may go."""
 
+import hashlib
 import os
 import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from pipeline.cli import app
 from pipeline.errors import ConfigError
-from pipeline.package import open_package
+from pipeline.package import PackageStore, open_package
 from pipeline.package.cache import INDEX_NAME
-from pipeline.package.cache_admin import DAY_SECONDS, list_cache, parse_size, prune_cache, verify_cache
+from pipeline.package.cache_admin import DAY_SECONDS, CachedItem, list_cache, parse_size, prune_cache, verify_cache
 from pipeline.package.known_archives import known_sha256
 from tests.package.expert_fixtures import expert_files, weights, write_archive
 
@@ -73,6 +76,71 @@ def test_what_killed_processes_left_is_swept(archives: list[Path], cache: Path) 
     (cache / "packages" / ".fresh-dead").mkdir()
     prune_cache(cache)
     assert not (cache / "packages" / ".fresh-dead").exists()
+
+
+def aged(cache: Path) -> dict[str, CachedItem]:
+    """The entries, last used two hours ago, by key: so that they may go."""
+    for item in list_cache(cache):
+        used = time.time() - 7200
+        os.utime(item.path / INDEX_NAME, (used, used))
+    return {item.key: item for item in list_cache(cache)}
+
+
+def key_of(archive: Path) -> str:
+    return hashlib.sha256(archive.read_bytes()).hexdigest()
+
+
+def test_what_has_lost_its_source_goes(archives: list[Path], cache: Path, tmp_path: Path) -> None:
+    deleted, changed, kept = archives
+    keys = [key_of(archive) for archive in archives]
+    assert prune_cache(cache, source_gone=True) == ()
+    copy = tmp_path / "copy of the one that stays"
+    copy.write_bytes(kept.read_bytes())
+    open_package(copy)
+    kept.unlink()  # its copy is there, and the entry is the copy's, too
+    deleted.unlink()
+    write_archive(changed, expert_files(adapter_model__safetensors=weights(9)))
+    items = aged(cache)
+    assert {key: item.source_is_gone for key, item in items.items()} == {keys[0]: True, keys[1]: True, keys[2]: False}
+    assert {item.key for item in prune_cache(cache, source_gone=True, dry_run=True)} == set(keys[:2])
+    assert len(list_cache(cache)) == 3
+    assert {item.key for item in prune_cache(cache, source_gone=True)} == set(keys[:2])
+    assert [item.key for item in list_cache(cache)] == keys[2:]
+    copy.unlink()
+    assert [item.key for item in prune_cache(cache, source_gone=True)] == keys[2:]
+    assert list((cache / "archives").iterdir()) == []
+
+
+def test_what_another_version_took_the_place_of_goes(tmp_path: Path, cache: Path) -> None:
+    archive, keys = tmp_path / "x.expert", []
+    for number in range(3):
+        write_archive(archive, expert_files(adapter_model__safetensors=weights(number)))
+        open_package(archive)
+        keys.append(key_of(archive))
+    aged(cache)
+    assert {item.key for item in prune_cache(cache, source_gone=True)} == set(keys[:2])
+    assert open_package(archive).root.parent.name == keys[2]
+    assert [item.source_is_gone for item in list_cache(cache)] == [False]
+
+
+def test_what_came_from_elsewhere_has_no_source_to_lose(tmp_path: Path, cache: Path) -> None:
+    staged = PackageStore(tmp_path / "store").stage(write_archive(tmp_path / "x.expert"), cache_dir=tmp_path / "other")
+    open_package(staged.url)
+    (item,) = aged(cache).values()
+    assert (item.sources, item.source_is_gone) == ((), False)
+    assert prune_cache(cache, source_gone=True) == ()
+
+
+def test_the_command_says_whose_source_is_gone(archives: list[Path], cache: Path) -> None:
+    archives[0].unlink()
+    key = next(key for key, item in aged(cache).items() if item.source_is_gone)
+    listed = CliRunner().invoke(app, ["cache", "ls", "--cache-dir", str(cache)], env={"COLUMNS": "200"})
+    assert [line.split()[-1] for line in listed.stdout.splitlines() if key[:12] in line] == ["gone"]
+    pruned = CliRunner().invoke(app, ["cache", "prune", "--source-gone", "--cache-dir", str(cache)])
+    assert pruned.exit_code == 0
+    assert "freed" in pruned.stdout
+    assert "in 1 entries" in pruned.stdout
+    assert key not in {item.key for item in list_cache(cache)}
 
 
 def test_an_archive_is_hashed_again_only_when_it_may_have_changed(tmp_path: Path, cache: Path) -> None:

@@ -1,11 +1,10 @@
 """The store: a package is whole there or, to a reader, not there; whoever races, dies or reads badly."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,40 +30,14 @@ from pipeline.package.manifest import BaseModelSpec
 from pipeline.package.staged import MARKER, parse_reference
 from pipeline.storage import open_storage
 from pipeline.storage.local import LocalStorage
+from tests.package.dying import FORK, dying_at
 from tests.package.expert_fixtures import expert_files, manifest, weights, write_archive, write_files
 from tests.package.hostile_cases import BASE_FILES
-
-FORK = multiprocessing.get_context("fork")  # a new interpreter each would take seconds, and test the same
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> PackageStore:
     return PackageStore(tmp_path / "store")
-
-
-def dying_at(step: int, work: Callable[[], object]) -> int:
-    """Run `work` in a process that is gone at its n-th flush to the disk, without a word; its exit code."""
-
-    def run() -> None:
-        flush, count = os.fsync, 0
-
-        def counted(handle: int) -> None:
-            nonlocal count
-            count += 1
-            if count == step:
-                os._exit(9)
-            flush(handle)
-
-        os.fsync = counted
-        work()
-        os._exit(0)
-
-    child = FORK.Process(target=run)
-    child.start()
-    child.join(60)
-    code = child.exitcode
-    assert code is not None
-    return code
 
 
 def test_a_staged_package_is_the_package(store: PackageStore, expert_file: Path, cache: Path, tmp_path: Path) -> None:
