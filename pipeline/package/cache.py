@@ -67,7 +67,15 @@ def default_cache_dir() -> Path:
     return Path(named).expanduser() if named else Path.home() / ".cache" / "expert"
 
 
-def unpack_cached(archive: Path, cache_dir: Path, limits: ArchiveLimits, *, source: str, check: Check) -> CacheEntry:
+def unpack_cached(
+    archive: Path,
+    cache_dir: Path,
+    limits: ArchiveLimits,
+    *,
+    source: str,
+    check: Check,
+    is_temporary: bool = False,
+) -> CacheEntry:
     """The cache entry of an archive, made when it is not there yet.
 
     Any number of processes may ask for the same archive at once: one of them unpacks it, and each gets a whole entry.
@@ -78,6 +86,7 @@ def unpack_cached(archive: Path, cache_dir: Path, limits: ArchiveLimits, *, sour
         limits: What the archive may hold.
         source: The package, as messages name it.
         check: Looks at a fresh entry before it is kept.
+        is_temporary: The file is a copy that goes; it is not noted as where the entry came from.
 
     Raises:
         ArchiveError: The archive is damaged or unsafe.
@@ -101,7 +110,7 @@ def unpack_cached(archive: Path, cache_dir: Path, limits: ArchiveLimits, *, sour
             return unpacked.files
 
         entry = cached(cache_dir, "packages", sha256, fill, check)
-        if known is None:
+        if known is None and not is_temporary:
             remember_archive(cache_dir, archive, status, sha256)
         return entry
 

@@ -68,7 +68,8 @@ def _entry(source: str, cache: Path, limits: ArchiveLimits, storage_options: Map
         return localise(reference, cache, storage_options=storage_options, limits=limits, check=check)
     if is_url(source):
         with downloaded(source, cache, limits, storage_options) as copy:
-            return unpack_cached(copy, cache, limits, source=url_file_name(source), check=check)
+            name = url_file_name(source)
+            return unpack_cached(copy, cache, limits, source=name, check=check, is_temporary=True)
     place = Path(source)
     if place.is_dir():
         root = place.resolve()
