@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial, reduce
 from types import GeneratorType, NoneType
-from typing import Any, cast
+from typing import Any
 
 from jinja2 import Environment, nodes, pass_context
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
-from jinja2.visitor import NodeTransformer
+
+from pipeline.package.template_nodes import BoundError, Counted
 
 MAX_STEPS = 200_000
 MAX_SECONDS = 2.0
@@ -36,10 +37,6 @@ _OWNERS = (str, bytes, int, float)
 _LISTS = (list, tuple)
 _SIZED = (str, bytes, list, tuple, dict)
 _MEASURED = (list, tuple, dict, Namespace)
-
-
-class BoundError(Exception):
-    """The template has used up what it may use."""
 
 
 class _Budget:
@@ -103,55 +100,6 @@ class BoundedTemplate:
             return "".join(pieces)
 
 
-class _Counted(NodeTransformer):
-    """Puts a step into every loop and macro, and has lists and joined texts measured."""
-
-    def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802  # jinja's name
-        self.generic_visit(node)
-        literals = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
-        node.body.insert(0, nodes.ExprStmt(_hook("_step", nodes.Const(literals, lineno=node.lineno))))
-        if isinstance(node, nodes.For) and node.test is not None:
-            node.test = _hook("_tested", node.test)
-        return node
-
-    visit_Macro = visit_CallBlock = visit_For  # noqa: N815  # jinja's names
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802  # jinja's name
-        self.generic_visit(node)
-        return _hook("_joined", nodes.List(node.nodes, lineno=node.lineno))
-
-    def visit_Add(self, node: nodes.Add) -> nodes.Node:  # noqa: N802  # jinja's name
-        parts: list[nodes.Expr] = []
-        left: nodes.Expr = node
-        while isinstance(left, nodes.Add):  # a + b + c is (a + b) + c: one call for all of them
-            parts.insert(0, self.visit(left.right))
-            left = left.left
-        return _hook("_added", nodes.List([self.visit(left), *parts], lineno=node.lineno))
-
-    def visit_List(self, node: nodes.List | nodes.Tuple) -> nodes.Node:  # noqa: N802  # jinja's name
-        self.generic_visit(node)
-        is_plain = all(isinstance(item, nodes.Const) for item in node.items)
-        if is_plain or getattr(node, "ctx", "load") != "load":
-            return node
-        return _hook("_kept", node)
-
-    visit_Tuple = visit_List  # noqa: N815  # jinja's name
-
-    def visit_Dict(self, node: nodes.Dict) -> nodes.Node:  # noqa: N802  # jinja's name
-        self.generic_visit(node)
-        return _hook("_kept", node)
-
-    def visit_Include(self, node: nodes.Include) -> nodes.Node:  # noqa: N802  # jinja's name
-        raise BoundError(f"line {node.lineno}: it takes in another template")
-
-    visit_Import = visit_FromImport = visit_Extends = visit_Include  # noqa: N815  # jinja's names
-
-
-def _hook(name: str, value: nodes.Node) -> nodes.Filter:
-    """A call of ours. A filter is called directly, and no `set` of a template takes its name away."""
-    return nodes.Filter(cast(nodes.Expr, value), name, [], [], None, None, lineno=value.lineno)
-
-
 class _Within:
     """The time in which a thread renders with a budget; one rendering may stand within another."""
 
@@ -196,7 +144,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
-        _Counted().visit(tree)
+        Counted().visit(tree)
         tree.set_environment(self)
         return tree
 

@@ -6,7 +6,8 @@ from typing import Any
 from jinja2 import TemplateError, TemplateSyntaxError
 from jinja2.exceptions import SecurityError
 
-from pipeline.package.bounded_template import BoundedTemplate, BoundError
+from pipeline.package.bounded_template import BoundedTemplate
+from pipeline.package.template_nodes import BoundError
 
 _GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")  # marks of transformers, which jinja does not know
 _SYSTEM, _USER = {"role": "system", "content": "Answer briefly."}, {"role": "user", "content": "How many are there?"}

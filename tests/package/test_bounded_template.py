@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from pipeline.package.bounded_template import BoundedTemplate, BoundError
+from pipeline.package.bounded_template import BoundedTemplate
+from pipeline.package.template_nodes import BoundError
 from tests.package.template_texts import HOSTILE, SANE
 
 MESSAGES = st.lists(
