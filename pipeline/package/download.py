@@ -78,16 +78,30 @@ def _fetch(url: str, target: Path, max_bytes: int, options: Mapping[str, Any] | 
             while count <= max_bytes and (chunk := remote.read(CHUNK_BYTES)):
                 local.write(chunk)
                 count += len(chunk)
-    except (FileNotFoundError, PermissionError, MissingDependencyError):
+    except Exception as raised:  # noqa: BLE001  # each file system raises the errors of its own client library
         target.unlink(missing_ok=True)
-        raise
-    except Exception as problem:  # each file system raises the errors of its own client library
+        problem = _web_failure(raised) or raised
+        if isinstance(problem, FileNotFoundError | PermissionError | MissingDependencyError):
+            raise problem from raised.__cause__
         raise LoadError(
             f"{_shown(url)} cannot be fetched: {type(problem).__name__}: {problem}",
             hint="Check the URL, the network and your credentials.",
         ) from problem
     if count > max_bytes:
         raise ArchiveError(f"{_shown(url)} has more than {max_bytes:,} bytes", hint="Raise limits.total_bytes.")
+
+
+def _web_failure(problem: Exception) -> Exception | None:
+    """What went wrong on the web: fsspec calls every failure there a missing file, whose cause is the reason."""
+    cause = problem.__cause__
+    if not isinstance(problem, FileNotFoundError) or not isinstance(cause, Exception):
+        return None
+    if not type(cause).__module__.startswith("aiohttp"):
+        return None
+    status = getattr(cause, "status", None)
+    if status in (404, 410):
+        return None
+    return PermissionError(str(cause)) if status in (401, 403) else cause
 
 
 def _open(url: str, options: Mapping[str, Any] | None) -> Any:

@@ -75,11 +75,16 @@ def translated(message: str, error: type[ExpertError], *, hint: str) -> Iterator
     except (ExpertError, MemoryError):
         raise
     except Exception as cause:
-        # TypeError: a storage option that the file system does not know shows only when it connects
-        foreign = isinstance(cause, OSError | ValueError | EOFError | TypeError | pa.ArrowException)
-        if not foreign and not type(cause).__module__.startswith(_NETWORK_MODULES):
+        if not is_foreign(cause):
             raise
         raise error(f"{message}: {first_line(cause)}", hint=hint) from cause
+
+
+def is_foreign(cause: Exception) -> bool:
+    """Whether an error is of the kinds that files, networks, their clients and pyarrow raise."""
+    # TypeError: a storage option that the file system does not know shows only when it connects
+    is_common = isinstance(cause, OSError | ValueError | EOFError | TypeError | pa.ArrowException)
+    return is_common or type(cause).__module__.startswith(_NETWORK_MODULES)
 
 
 def first_line(cause: Exception) -> str:

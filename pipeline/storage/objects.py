@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.errors import ExpertError, OutputError
 from pipeline.storage.copying import copy_hashed
-from pipeline.storage.filesystems import translated
+from pipeline.storage.filesystems import is_foreign, translated
 
 PROTOCOLS = ("s3", "s3a", "gs", "gcs")
 _RETRY_SECONDS = (0.2, 1.0, 3.0)
@@ -57,7 +57,9 @@ class ObjectStorage:
                     return False
                 except PermissionError:
                     raise
-                except OSError:
+                except Exception as error:  # gcsfs has errors of its own, that are no OSError
+                    if not is_foreign(error):
+                        raise
                     if self._is_taken(name):
                         return False
                     if pause is None:

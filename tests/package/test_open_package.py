@@ -5,10 +5,10 @@ import functools
 import hashlib
 import json
 import pickle
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -164,8 +164,9 @@ def test_credentials_of_a_url_are_not_told(cache: Path) -> None:
     assert "hidden" not in caught.value.message
 
 
-@pytest.mark.skipif(find_spec("gcsfs") is not None, reason="gcsfs is installed")
-def test_a_missing_file_system_package(cache: Path) -> None:
+def test_a_missing_file_system_package(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # as if it was not installed
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "gs", raising=False)  # and was never asked for
     with pytest.raises(MissingDependencyError, match=r"gs://bucket/x\.expert needs a package"):
         open_package("gs://bucket/x.expert", cache_dir=cache)
 
