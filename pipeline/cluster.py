@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import ray
 
+from pipeline.errors import ClusterError
+
 OWN_NAMESPACE = "expert-pipeline"
 STDERR = 2
 
@@ -22,19 +24,32 @@ def start_local(*, num_cpus: int | None = None) -> None:
 
     Args:
         num_cpus: CPU cores it may hand out; None for all there are.
+
+    Raises:
+        ClusterError: Ray did not start.
     """
     # Ray would report its use to its makers; a job on a closed network must not try.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    with native_output_dropped(), loopback_only():
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            namespace=OWN_NAMESPACE,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _node_ip_address="127.0.0.1",
-        )
+    try:
+        with native_output_dropped(), loopback_only():
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                namespace=OWN_NAMESPACE,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _node_ip_address="127.0.0.1",
+            )
+    except Exception as error:  # Ray has no kind of its own for this
+        ray.shutdown()  # what did start
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise ClusterError(
+            "Ray did not start on this machine",
+            details=lines[:3],
+            hint="Run it again: a machine that is busy may need longer than Ray waits. If it happens each time, free "
+            "memory, disk and /dev/shm, and see the newest folder in /tmp/ray for what Ray has logged.",
+        ) from error
 
 
 @contextmanager

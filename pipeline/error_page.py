@@ -31,6 +31,7 @@ ADVICE: dict[str, str] = {
     "GrammarError": "Correct the grammar, JSON schema or regular expression at the place that is named.",
     "OutOfMemoryError": "Lower `max_tokens`, `batch_size` or `kv_cache_bytes`, quantise, or use a larger device.",
     "DeadlineError": "Ask for fewer tokens or a longer timeout, or again when there is less to do.",
+    "ClusterError": "Run it again, free memory and disk, or correct the address; `/tmp/ray` has Ray's logs.",
     "BatchError": "Read the message; what is committed stays, and the same command continues.",
     "DatasetError": "Check the path, the format and the columns that are named.",
     "OutputError": "Check that the output can be written, and that it is the output of a job.",

@@ -20,6 +20,7 @@
     │   ├── GrammarError                a grammar is wrong, or cannot be honoured
     │   ├── OutOfMemoryError            the device has too little memory
     │   └── DeadlineError               the answer was not finished in time
+    ├── ClusterError                    Ray does not start here, or no cluster answers
     ├── BatchError                      a batch job cannot run or did not finish
     │   ├── DatasetError                the dataset cannot be found or read
     │   ├── OutputError                 the output cannot be written
@@ -189,6 +190,12 @@ class DeadlineError(InferenceError):
     """The answer was not finished in time."""
 
     code = "deadline_exceeded"
+
+
+class ClusterError(ExpertError):
+    """Ray does not start on this machine, or no cluster answers at an address."""
+
+    code = "no_cluster"
 
 
 class BatchError(ExpertError):

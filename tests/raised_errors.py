@@ -1,4 +1,4 @@
-"""Which errors the product made while the tests ran: when all of them ran, every error of the tree is among them.
+"""Which errors the product made while the tests ran: when all of them ran, every leaf of the tree is among them.
 
 What counts is an error that a module of `pipeline` makes in one of the tests' own processes; those that a test makes
 for itself do not, nor do copies that came from another process.
@@ -57,13 +57,15 @@ class RaisedErrors:
             terminalreporter.line(", ".join(missing))
 
     def missing(self) -> list[str]:
-        """The errors of the tree, but its root, that nobody made."""
-        kinds, found = [errors.ExpertError], set[str]()
+        """The leaves of the tree that nobody made; what has kinds below it may be a name for them all."""
+        kinds, leaves = [errors.ExpertError], set[str]()
         while kinds:
-            below = kinds.pop().__subclasses__()
+            kind = kinds.pop()
+            below = [one for one in kind.__subclasses__() if one.__module__ == OWN_MODULE]
             kinds += below
-            found.update(kind.__name__ for kind in below if kind.__module__ == OWN_MODULE)
-        return sorted(found - self._seen)
+            if not below:
+                leaves.add(kind.__name__)
+        return sorted(leaves - self._seen)
 
 
 def is_whole(config: pytest.Config) -> bool:

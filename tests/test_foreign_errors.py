@@ -13,7 +13,7 @@ from pipeline import Expert, demo
 from pipeline.batch.config import BatchConfig
 from pipeline.batch.plan import open_experts, prepare
 from pipeline.engine.runtime import load_engine
-from pipeline.errors import BaseModelError, ConfigError, DatasetError, ExpertError, LoadError
+from pipeline.errors import BaseModelError, ClusterError, ConfigError, DatasetError, ExpertError, LoadError
 
 
 def base_model(folder: Path, change: Callable[[Path], Any]) -> Path:
@@ -62,3 +62,22 @@ def test_a_foreign_error_is_ours_and_its_cause_is_kept(
         meet(tmp_path)
     assert isinstance(caught.value.__cause__, cause)
     assert caught.value.hint
+
+
+def test_a_ray_that_does_not_start_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray says it with an error of no kind; whether it shuts down what did start is seen, and not done."""
+    ray = pytest.importorskip("ray")
+    from pipeline.cluster import start_local
+
+    shut_down: list[bool] = []
+
+    def init(**_: Any) -> None:
+        raise Exception("The current node timed out during startup.\n\nLook at the logs.")  # noqa: TRY002  # as Ray does
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: shut_down.append(True))
+    with pytest.raises(ClusterError, match="Ray did not start on this machine") as caught:
+        start_local()
+    assert caught.value.details == ("The current node timed out during startup.", "Look at the logs.")
+    assert "Run it again" in caught.value.hint
+    assert shut_down == [True]

@@ -10,7 +10,7 @@ import ray
 import ray.data  # sets up its own logging when imported
 
 from pipeline.cluster import OWN_NAMESPACE, native_output_dropped, silence, start_local
-from pipeline.errors import BatchError
+from pipeline.errors import ClusterError
 
 CONNECT_SECONDS = 2.0
 RAY_DATA_CONSOLE = "console"  # its handler that writes on standard error
@@ -39,7 +39,7 @@ def connect(address: str | None = None) -> Cluster:
     process that is connected already stays so.
 
     Raises:
-        BatchError: An address is given, and no cluster answers there.
+        ClusterError: An address is given, and no cluster answers there; or none starts here.
     """
     _silence()
     if not ray.is_initialized():
@@ -65,8 +65,8 @@ def _join(address: str) -> None:
         raise _no_cluster(address, why) from error
 
 
-def _no_cluster(address: str, why: str) -> BatchError:
-    return BatchError(
+def _no_cluster(address: str, why: str) -> ClusterError:
+    return ClusterError(
         f"no Ray cluster answers at {address}",
         details=(why,),
         hint="Start one with `ray start --head`, correct ray_address or RAY_ADDRESS, or leave both out; "

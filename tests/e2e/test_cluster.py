@@ -41,5 +41,5 @@ def test_a_cluster_that_is_asked_for_and_gone_is_an_error() -> None:
     code = f"from pipeline.batch.cluster import connect; connect('127.0.0.1:{port}')"
     done = run([BIN / "python", "-c", code], seconds=180)
     assert done.returncode != 0
-    assert "BatchError: no Ray cluster answers at" in done.stderr
+    assert "ClusterError: no Ray cluster answers at" in done.stderr
     assert "Start one with `ray start --head`" in done.stderr
