@@ -15,7 +15,7 @@ COPY configs configs
 
 FROM base AS cpu
 RUN pip install --constraint constraints.txt --extra-index-url https://download.pytorch.org/whl/cpu ".[grammar,s3,gcs]"
-USER expert
+USER 10001
 EXPOSE 8000
 CMD ["expert", "--help"]
 
@@ -23,6 +23,6 @@ CMD ["expert", "--help"]
 FROM base AS cuda
 RUN pip install --constraint constraints.txt ".[grammar,s3,gcs,quantization]"
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
-USER expert
+USER 10001
 EXPOSE 8000
 CMD ["expert", "--help"]

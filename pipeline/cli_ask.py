@@ -176,8 +176,8 @@ def bench(
         from dataclasses import asdict
 
         from rich.console import Console
-        from rich.table import Table
 
+        from pipeline.cli_tables import print_table
         from pipeline.expert import Expert
         from pipeline.speed import measure_speed
 
@@ -202,15 +202,14 @@ def bench(
         if as_json:
             typer.echo(json.dumps([asdict(speed) for speed in speeds], indent=2))
             return
-        table = Table(box=None, padding=(0, 3, 0, 0))
-        for name in ("prompts", "seconds", "first token", "prompts/s", "tokens/s"):
-            table.add_column(name, justify="right", no_wrap=True)
-        for speed in speeds:
-            table.add_row(
+        rows = [
+            (
                 f"{speed.num_prompts:,}",
                 f"{speed.seconds:,.2f}",
                 f"{speed.first_token_seconds * 1000:,.0f} ms",
                 f"{speed.prompts_per_second:,.1f}",
                 f"{speed.tokens_per_second:,.0f}",
             )
-        Console().print(table)
+            for speed in speeds
+        ]
+        print_table(("prompts", "seconds", "first token", "prompts/s", "tokens/s"), rows, Console())

@@ -20,6 +20,7 @@ from pipeline.cli_common import (
     errors_on_exit,
     storage_options,
 )
+from pipeline.cli_tables import print_table
 from pipeline.errors import ConfigError
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print it as JSON.")]
@@ -294,15 +295,19 @@ def _print_rows(rows: list[tuple[str, Any]]) -> None:
 
 
 def _print_items(items: Any) -> None:
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in ("kind", "key", "what", "bytes", "days unused", "source"):
-        table.add_column(heading, no_wrap=True, justify="right" if heading in ("bytes", "days unused") else "left")
-    for item in items:
-        unused = max(0.0, time.time() - item.used) / 86_400
-        source = "" if not item.sources else "gone" if item.source_is_gone else "there"
-        what = escape(item.label) if item.is_whole else "damaged"
-        table.add_row(item.kind, item.key[:12], what, f"{item.size:,}", f"{unused:.1f}", source)
-    Console().print(table)
+    rows = [
+        (
+            item.kind,
+            item.key[:12],
+            item.label if item.is_whole else "damaged",
+            f"{item.size:,}",
+            f"{max(0.0, time.time() - item.used) / 86_400:.1f}",
+            "" if not item.sources else "gone" if item.source_is_gone else "there",
+        )
+        for item in items
+    ]
+    headings = ("kind", "key", "what", "bytes", "days unused", "source")
+    print_table(headings, rows, Console(), words=("kind", "key", "what", "source"))
 
 
 def _item(item: Any) -> dict[str, Any]:

@@ -1,18 +1,39 @@
-"""What `expert eval` and `expert diff` print."""
+"""Tables that commands print, and what `expert eval` and `expert diff` say."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.batch.diff import OutputDiff
-from pipeline.batch.evaluate import ExpertScore, total_score
+if TYPE_CHECKING:
+    from pipeline.batch.diff import OutputDiff
+    from pipeline.batch.evaluate import ExpertScore
 
 _MAX_QUESTION_CHARACTERS = 200
 
 
-def print_scores(scores: Sequence[ExpertScore], samples: int, console: Console) -> None:
+def print_table(
+    headings: Sequence[str], rows: Iterable[Sequence[str]], console: Console, *, words: Sequence[str] = ()
+) -> None:
+    """A table without lines; numbers stand to the right.
+
+    Args:
+        headings: Of the columns.
+        rows: Their cells, as plain text.
+        console: Where to print.
+        words: The columns that hold words, and stand to the left.
+    """
+    table = Table(box=None, padding=(0, 3, 0, 0))
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in words else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
+
+
+def print_scores(scores: Sequence["ExpertScore"], samples: int, console: Console) -> None:
     """A table with a line for each expert, and one for all together when there are several; then wrong answers.
 
     Args:
@@ -20,19 +41,20 @@ def print_scores(scores: Sequence[ExpertScore], samples: int, console: Console) 
         samples: So many wrong answers of each expert.
         console: Where to print.
     """
-    table = Table(box=None, padding=(0, 3, 0, 0))
-    for name in ("expert", "rows", "errors", "exact", "execution", "mean tokens"):
-        table.add_column(name, justify="left" if name == "expert" else "right", no_wrap=True)
-    for score in [*scores, *([total_score(scores)] if len(scores) > 1 else [])]:
-        table.add_row(
-            escape(score.expert),
+    from pipeline.batch.evaluate import total_score
+
+    rows = [
+        (
+            score.expert,
             f"{score.rows:,}",
             f"{score.errors:,}",
             _rate(score.exact_rate, score.judged, score.rows),
             _rate(score.execution_rate, score.executable, score.rows),
             "-" if score.mean_tokens is None else f"{score.mean_tokens:.1f}",
         )
-    console.print(table)
+        for score in [*scores, *([total_score(scores)] if len(scores) > 1 else [])]
+    ]
+    print_table(("expert", "rows", "errors", "exact", "execution", "mean tokens"), rows, console, words=("expert",))
     for score in scores:
         for wrong in score.wrong[:samples]:
             _line(console, f"[bold]{escape(score.expert)}[/bold] row {wrong.row}")
@@ -40,7 +62,7 @@ def print_scores(scores: Sequence[ExpertScore], samples: int, console: Console) 
             _line(console, f"  answer    {'-' if wrong.answer is None else escape(wrong.answer)}")
 
 
-def print_diff(found: OutputDiff, console: Console) -> None:
+def print_diff(found: "OutputDiff", console: Console) -> None:
     """What is different about the jobs, some rows that differ, and the counts.
 
     Args:

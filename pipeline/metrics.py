@@ -8,7 +8,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 Tags = dict[str, str]
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -190,6 +190,16 @@ class AnswerTimes:
     num_steps: int = 0
     finish_reason: str = "refused"
     code: str | None = None
+
+    def attributes(self) -> dict[str, Any]:
+        """What a span says of it, by OpenTelemetry's names where it has some."""
+        return {
+            "gen_ai.usage.input_tokens": self.prompt_tokens,
+            "gen_ai.usage.output_tokens": self.completion_tokens,
+            "gen_ai.response.finish_reasons": [self.finish_reason],
+            "expert.queue_seconds": None if self.begun is None else self.begun - self.asked,
+            "expert.first_token_seconds": None if self.first is None else self.first - self.asked,
+        }
 
 
 class AnswerMetrics:

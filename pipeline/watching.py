@@ -64,18 +64,11 @@ class Watch:
         except ExpertError as error:
             self.refuse(error, handle.ended_at or self.asked_at)
             return
+        times, first = self._times(handle, completions), completions[0]
         if self.metrics is not None:
-            self.metrics.note(self._times(handle, completions))
-        first = completions[0]
-        self.span.set(
-            {
-                "gen_ai.usage.input_tokens": first.prompt_tokens,
-                "gen_ai.usage.output_tokens": sum(one.completion_tokens for one in completions),
-                "gen_ai.response.finish_reasons": [one.finish_reason for one in completions],
-                "expert.queue_seconds": None if handle.begun_at is None else handle.begun_at - self.asked_at,
-                "expert.first_token_seconds": None if handle.first_at is None else handle.first_at - self.asked_at,
-            }
-        )
+            self.metrics.note(times)
+        reasons = [one.finish_reason for one in completions]
+        self.span.set(times.attributes() | {"gen_ai.response.finish_reasons": reasons})
         if first.failure is not None:
             self.span.fail(first.failure.code, first.failure.message)
         self.span.end()

@@ -46,6 +46,12 @@ def test_the_citation_has_the_version() -> None:
     assert yaml.safe_load((PROJECT / "CITATION.cff").read_text())["version"] == PYPROJECT["project"]["version"]
 
 
+def test_a_linter_passes_the_container() -> None:
+    linter = Path(sys.executable).parent / "hadolint"
+    done = subprocess.run([linter, PROJECT / "Dockerfile"], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_the_container_copies_what_is_there_and_runs_as_nobody_special() -> None:
     lines = (PROJECT / "Dockerfile").read_text().splitlines()
     copied = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
@@ -54,7 +60,7 @@ def test_the_container_copies_what_is_there_and_runs_as_nobody_special() -> None
     assert all((PROJECT / path).exists() for path in copied)
     stages = [line.split()[-1] for line in lines if line.startswith("FROM ")]
     assert stages == ["base", "cpu", "cuda"]
-    assert lines.count("USER expert") == 2
+    assert lines.count("USER 10001") == 2
     extras = set(re.findall(r"\[([\w,]+)\]", " ".join(line for line in lines if "pip install" in line)))
     assert {name for group in extras for name in group.split(",")} <= set(PYPROJECT["project"]["optional-dependencies"])
 

@@ -230,13 +230,7 @@ class _Run:
         times = self._times()
         if watch is not None:
             watch(times)
-        self._span.set(
-            {
-                "gen_ai.usage.input_tokens": times.prompt_tokens,
-                "gen_ai.usage.output_tokens": times.completion_tokens,
-                "gen_ai.response.finish_reasons": [times.finish_reason],
-            }
-        )
+        self._span.set(times.attributes())
         if times.code is not None:
             self._span.fail(times.code, times.finish_reason)
         self._span.end()
