@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,8 @@ os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # the matrices of tests are small: a second thread waits longer than it works
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# gcsfs would ask over gRPC, for a minute, what kind of bucket it is; it reads this when it is first imported.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -69,3 +72,11 @@ def package_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EXPERT_CACHE_DIR", str(folder))
         yield folder
+
+
+@pytest.fixture
+def without_gcsfs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if gcsfs was not installed, and had never been asked for."""
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    for protocol in ("gs", "gcs"):
+        monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, protocol, raising=False)

@@ -9,14 +9,11 @@ from io import BytesIO
 from typing import Any, ClassVar
 from urllib.parse import parse_qs, urlsplit
 
-import pytest
 from gcp_storage_emulator.handlers import buckets
 from gcp_storage_emulator.server import RequestHandler
 from gcp_storage_emulator.storage import Storage
 
 BUCKET = "bucket"
-# gcsfs else asks over gRPC, for a minute, what kind of bucket it is.
-ENVIRONMENT = {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
 
 
 class TakenError(Exception):
@@ -91,12 +88,9 @@ def gcs_server() -> Iterator[dict[str, Any]]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(ConditionalHandler, storage))
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENVIRONMENT.items():
-            patch.setenv(name, value)
-        try:
-            yield {"endpoint_url": f"http://127.0.0.1:{server.server_port}", "token": "anon"}
-        finally:
-            server.shutdown()
-            thread.join()
-            server.server_close()
+    try:
+        yield {"endpoint_url": f"http://127.0.0.1:{server.server_port}", "token": "anon"}
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

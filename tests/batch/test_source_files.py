@@ -125,6 +125,10 @@ def test_what_cannot_be_opened():
         find_files("nosuch://bucket/x.jsonl")
     with pytest.raises(DatasetError, match="chained"):
         find_files("zip://x.jsonl::/tmp/a.zip")
+
+
+@pytest.mark.usefixtures("without_gcsfs")
+def test_a_file_system_whose_package_is_missing():
     with pytest.raises(MissingDependencyError, match="gs://") as caught:
         find_files("gs://bucket/x.jsonl")
     assert "gcsfs" in caught.value.hint

@@ -197,6 +197,7 @@ def test_other_protocols_are_refused(url):
     assert "s3, s3a, gs, gcs" in caught.value.hint
 
 
+@pytest.mark.usefixtures("without_gcsfs")
 def test_a_missing_package_is_named():
     with pytest.raises(MissingDependencyError, match="gs://bucket/out") as caught:
         open_storage("gs://bucket/out")

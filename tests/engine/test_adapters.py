@@ -481,7 +481,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, torch.Tensor], str], Any], str]] = 
         lambda weights, key: weights.update({f"{key}.more": torch.ones(1)}),
         "not in this base model: |not a tensor of a",
     ),
-    "shape": (lambda weights, key: weights.update({key: weights[key][:-1].clone()}), "wanted |shapes|says"),
+    "shape": (lambda weights, key: weights.update({key: weights[key][:-1].clone()}), "wanted|shapes|says"),
     "nan": (lambda weights, key: weights[key].view(-1)[0].fill_(float("nan")), "NaN or infinity"),
 }
 

@@ -164,9 +164,8 @@ def test_credentials_of_a_url_are_not_told(cache: Path) -> None:
     assert "hidden" not in caught.value.message
 
 
-def test_a_missing_file_system_package(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "gcsfs", None)  # as if it was not installed
-    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "gs", raising=False)  # and was never asked for
+@pytest.mark.usefixtures("without_gcsfs")
+def test_a_missing_file_system_package(cache: Path) -> None:
     with pytest.raises(MissingDependencyError, match=r"gs://bucket/x\.expert needs a package"):
         open_package("gs://bucket/x.expert", cache_dir=cache)
 
@@ -198,7 +197,6 @@ def test_a_package_over_http(expert_file: Path, cache: Path) -> None:
 
 def test_importing_the_room_needs_neither_torch_nor_ray() -> None:
     import subprocess
-    import sys
 
     script = "import sys, pipeline.package; print(sorted({'torch', 'ray', 'transformers', 'peft'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
