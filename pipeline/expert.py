@@ -65,7 +65,7 @@ class Expert(Asker):
     @classmethod
     def load(
         cls,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | ExpertPackage,
         *,
         device: str | None = None,
         dtype: str | None = None,
@@ -82,9 +82,9 @@ class Expert(Asker):
         """Open and verify a package and find its base model; the model itself is loaded when first needed.
 
         Args:
-            path: A `.expert` file, an unpacked directory, any fsspec URL of a file (`s3://`, `gs://`, `https://`), or
-                what `expert stage` printed.
-            device: `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`, or None for the best there is.
+            path: A `.expert` file, an unpacked directory, any fsspec URL of a file (`s3://`, `gs://`, `https://`, `hf://`),
+                what `expert stage` printed, or what `open_package` returned.
+            device: `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`; `"auto"` or None for the best there is.
             dtype: `"float32"`, `"bfloat16"`, `"float16"`, or None to choose by device and checkpoint.
             quantization: `"int8"` or `"int4"` for weights of 8 or 4 bits, or None; see `pipeline.engine.quantization`.
             engine: `"packed"`; or `"padded"`, slower, for a base model that the packed engine refuses.
@@ -99,6 +99,7 @@ class Expert(Asker):
 
         Raises:
             LoadError: The package is missing, damaged or not valid, or its base model cannot be found.
+            ConfigError: `path` or `trust` is not one of these.
         """
         cache = None if cache_dir is None else Path(cache_dir)
         package = open_package(

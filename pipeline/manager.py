@@ -11,7 +11,7 @@ from typing import Any, Unpack
 from pipeline.asking import Answerer, Ask, Asker, GenerateOptions, Item, Running, begin, read_ask, spelled_out
 from pipeline.errors import ConfigError, ExpertError, InvalidRequestError
 from pipeline.metrics import AnswerMetrics, Metrics
-from pipeline.package import TrustPolicy
+from pipeline.package import ExpertPackage, TrustPolicy
 from pipeline.results import InferenceResult
 from pipeline.roster import BaseInfo, ExpertInfo, Roster
 from pipeline.routing import AUTO, Route
@@ -82,7 +82,7 @@ class ExpertManager(Asker):
     def load_expert(
         self,
         name: str,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | ExpertPackage,
         *,
         pin: bool = False,
         base_model: str | os.PathLike[str] | None = None,
@@ -123,7 +123,7 @@ class ExpertManager(Asker):
 
     def load_experts(
         self,
-        paths: Mapping[str, str | os.PathLike[str]],
+        paths: Mapping[str, str | os.PathLike[str] | ExpertPackage],
         *,
         pin: bool = False,
         trust: TrustPolicy = "any",

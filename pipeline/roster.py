@@ -123,7 +123,7 @@ class Roster:
     def open(
         self,
         name: str,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | ExpertPackage,
         *,
         base_model: str | os.PathLike[str] | None,
         placing: Mapping[str, str | None],

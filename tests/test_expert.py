@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from pipeline import Expert, InferenceResult, demo
 from pipeline.demo.questions import draw_questions
+from pipeline.engine.chat import schema_message
 from pipeline.errors import (
     BaseModelError,
     ConfigError,
@@ -19,7 +21,10 @@ from pipeline.errors import (
     InvalidRequestError,
     PackageNotFoundError,
     PromptTooLongError,
+    TrustError,
 )
+from pipeline.metrics import MemoryMetrics
+from pipeline.package import open_package
 
 QUESTIONS = list(draw_questions("sql", 12))
 
@@ -229,15 +234,48 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         unknown.generate("a")
 
 
-def test_an_unpacked_directory_is_a_package(tmp_path: Path) -> None:
-    import shutil
-
-    from pipeline.package import open_package
-
-    folder = shutil.copytree(open_package(demo.package("sql")).root, tmp_path / "unpacked")
+def test_what_a_package_is_named_by(expert: Expert, tmp_path: Path) -> None:
+    opened = open_package(demo.package("sql"))
+    folder = shutil.copytree(opened.root, tmp_path / "unpacked")
     question = QUESTIONS[0]
-    with (
-        Expert.load(folder, base_model=demo.BASE_MODEL, device="cpu") as unpacked,
-        Expert.load(demo.package("sql"), base_model=demo.BASE_MODEL, device="cpu") as packed,
-    ):
-        assert unpacked.generate(question.prompt) == packed.generate(question.prompt)
+    wanted = expert.generate(question.prompt)
+    for given in (folder, str(folder), opened):
+        with Expert.load(given, base_model=demo.BASE_MODEL, device="cpu") as named:
+            assert named.generate(question.prompt) == wanted
+    for nothing in (None, 5, b"expert-sql.expert"):
+        with pytest.raises(ConfigError, match=f"not by {type(nothing).__name__}"):
+            Expert.load(nothing)  # type: ignore[arg-type]
+
+
+def test_what_is_asked_of_the_signature_is_asked_of_an_opened_package_too() -> None:
+    for package in (demo.package("sql"), open_package(demo.package("sql"))):
+        with pytest.raises(TrustError, match="is not signed"):
+            Expert.load(package, base_model=demo.BASE_MODEL, trust="signed")
+        with pytest.raises(ConfigError, match="trust is 'maybe'"):
+            Expert.load(package, trust="maybe")  # type: ignore[arg-type]
+
+
+def test_the_system_message_and_the_dialect_reach_the_model(expert: Expert) -> None:
+    question = QUESTIONS[0]
+    given = expert.generate(question.prompt, schema=question.schema, system="Be brief.", dialect="sqlite")
+    spelled = f"Be brief.\n\n{schema_message(question.schema, 'sqlite')}"
+    messages = [{"role": "system", "content": spelled}, {"role": "user", "content": question.prompt}]
+    assert given == expert.generate(messages=messages)
+    assert given.prompt_tokens > expert.generate(question.prompt, schema=question.schema).prompt_tokens
+
+
+def test_threads_that_all_ask_first_load_one_model() -> None:
+    metrics, together = MemoryMetrics(), threading.Barrier(8)
+    with Expert.load(demo.package("sql"), base_model=demo.BASE_MODEL, device="auto", metrics=metrics) as expert:
+
+        def ask() -> None:
+            together.wait(60)
+            expert.generate("Who?", max_tokens=2)
+
+        threads = [threading.Thread(target=ask) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=60)
+    assert metrics.value("expert_loads_total", expert="expert-sql") == 1
+    assert len(metrics.values("expert_queue_seconds", expert="expert-sql")) == 8

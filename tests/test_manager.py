@@ -116,7 +116,8 @@ def test_what_was_used_the_longest_ago_goes_and_comes_back(answers: dict[str, st
     with ExpertManager(base_model=demo.BASE_MODEL, device="cpu", max_loaded_experts=2) as manager:
         for task in demo.TASKS:
             manager.load_expert(task, demo.package(task), pin=task == "json")
-        assert [info.name for info in manager.list_loaded_experts()] == ["cypher", "json"]
+        infos = manager.list_loaded_experts()
+        assert [(info.name, info.is_pinned) for info in infos] == [("cypher", False), ("json", True)]
         assert manager.experts == demo.TASKS
         assert manager.generate("sql", **ITEMS["sql"]).text == answers["sql"], "it is loaded again"
         assert [info.name for info in manager.list_loaded_experts()] == ["sql", "json"], "json is pinned"
@@ -141,7 +142,7 @@ def test_a_base_model_is_loaded_once_and_goes_with_its_last_expert(
     manager.load_expert("sql", demo.package("sql"))
     manager.load_expert("json", demo.package("json"), base_model=same)
     assert len(manager.list_base_models()) == 1
-    manager.load_expert("cypher", demo.package("cypher"), base_model=other)
+    manager.load_expert("cypher", open_package(demo.package("cypher")), base_model=other)
     assert [base.experts for base in manager.list_base_models()] == [("sql", "json"), ("cypher",)]
     results = manager.generate_batch([(task, ITEMS[task]) for task in demo.TASKS])
     assert [result.text for result in results] == list(answers.values()), "over two base models"

@@ -22,7 +22,7 @@ _DEFAULT_LIMITS = ArchiveLimits()
 
 
 def open_package(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | ExpertPackage,
     *,
     cache_dir: Path | None = None,
     limits: ArchiveLimits = _DEFAULT_LIMITS,
@@ -35,7 +35,7 @@ def open_package(
     Args:
         path: A `.expert` file (tar.gz, tar.zst or zip), an unpacked directory, a URL of a `.expert` file that fsspec
             reads, or what is staged in a `PackageStore` (`<store>/packages/<digest>`). When `<path>.sha256` is beside a
-            file, the file is checked against it.
+            file, the file is checked against it. A package that was opened before is held to `trust` and given back.
         cache_dir: Where packages are unpacked; `$EXPERT_CACHE_DIR` or `~/.cache/expert` when not given.
         limits: What the package may hold.
         trust: `"any"` takes unsigned packages, with a warning; `"signed"` asks for a signature of anybody, so that the
@@ -48,15 +48,29 @@ def open_package(
         LoadError: As `PackageNotFoundError`, `ArchiveError`, `ManifestError`, `IntegrityError`, `TrustError`,
             `StoreError`, `TokenizerError` or `AdapterError`: what is wrong with the package.
         GrammarError: The package's grammar is no text.
+        ConfigError: `path` or `trust` is none of these.
     """
     if trust not in TRUST_POLICIES:
         raise ConfigError(f"trust is {trust!r}", hint=f"Use {', '.join(TRUST_POLICIES)}.")
-    source, cache = os.fspath(path), cache_dir or default_cache_dir()
-    package = read_package(_entry(source, cache, limits, storage_options), source)
+    cache = cache_dir or default_cache_dir()
+    if isinstance(path, ExpertPackage):
+        package = path
+    else:
+        source = _named(path)
+        package = read_package(_entry(source, cache, limits, storage_options), source)
     require(trust, package.signature, label=package.label)
     if trust == "trusted":
         _refuse_older(package, cache, allow_rollback=allow_rollback)
     return package
+
+
+def _named(path: object) -> str:
+    if isinstance(path, str | os.PathLike) and isinstance(source := os.fspath(path), str):
+        return source
+    raise ConfigError(
+        f"a package is named by a string or a path, not by {type(path).__name__}",
+        hint="Give a .expert file, an unpacked directory, a URL, or what open_package returned.",
+    )
 
 
 def _entry(source: str, cache: Path, limits: ArchiveLimits, storage_options: Mapping[str, Any] | None) -> CacheEntry:
