@@ -20,7 +20,11 @@ def ask(url: str, question: str) -> str:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
     try:
-        print(ask(*sys.argv[1:3]))
+        print(ask(*sys.argv[1:]))
     except urllib.error.HTTPError as error:  # its body says what is wrong
         sys.exit(json.load(error)["error"]["message"])
+    except urllib.error.URLError as error:
+        sys.exit(f"nothing answers at {sys.argv[1]}: {error.reason}; start it with expert serve")

@@ -27,6 +27,8 @@ from pipeline.cli_packages import add_package_commands
 MOST_PINNED = 16  # so many experts `expert serve` loads at the start
 
 EPILOG = """\
+[bold]To begin:[/bold] `expert demo` needs no package of yours; the packages it uses are in pipeline/demo/artifacts.
+
 [bold]Exit codes:[/bold] 0 it worked; 1 it did not; 2 it was called wrongly; 130 it was interrupted.
 
 [bold]Completion:[/bold] `expert --install-completion` teaches your shell the commands and options.
@@ -115,7 +117,10 @@ def demo(
     folder: Annotated[Path, typer.Option(help="Where the questions and answers go.")] = Path("demo-output"),
     rows: Annotated[int, typer.Option(help="How many questions.", min=1)] = 2000,
 ) -> None:
-    """Answer generated questions with the demo's SQL expert on a local Ray, and check the answers."""
+    """Answer generated questions with the demo's SQL expert on a local Ray, and check the answers.
+
+    Example: expert demo --rows 500
+    """
     with errors_on_exit():
         from pipeline.demo.show import run_demo
 

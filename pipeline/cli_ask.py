@@ -65,6 +65,9 @@ def generate(
 
     Example: expert generate expert-sql.expert "List the name of all users." --schema @schema.sql
 
+    Example: expert generate pipeline/demo/artifacts/expert-sql-*.expert "List the name of all users."
+    --schema "CREATE TABLE users (name TEXT);" --base-model pipeline/demo/artifacts/demo-qwen3-2m
+
     Example: echo "Omar turned 45." | expert generate expert-json.expert - --json
     """
     with errors_on_exit("interrupted"):

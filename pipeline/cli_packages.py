@@ -210,7 +210,10 @@ def stage_all(
 
 
 def schema() -> None:
-    """Print a JSON schema of the manifests that are accepted."""
+    """Print a JSON schema of the manifests that are accepted.
+
+    Example: expert schema > manifest.schema.json
+    """
     from pipeline.package.schema import manifest_schema
 
     typer.echo(json.dumps(manifest_schema(), indent=2))
@@ -218,7 +221,10 @@ def schema() -> None:
 
 @cache_app.command("ls")
 def cache_ls(cache_dir: CacheDirOption = None, as_json: JsonOption = False) -> None:
-    """List the cache, what was used last first."""
+    """List the cache, what was used last first.
+
+    Example: expert cache ls
+    """
     with errors_on_exit():
         from pipeline.package.cache import default_cache_dir
         from pipeline.package.cache_admin import list_cache
@@ -233,7 +239,10 @@ def cache_ls(cache_dir: CacheDirOption = None, as_json: JsonOption = False) -> N
 
 @cache_app.command("verify")
 def cache_verify(cache_dir: CacheDirOption = None, as_json: JsonOption = False) -> None:
-    """Read everything in the cache and compare it with its checksums; the exit code is 1 when anything is wrong."""
+    """Read everything in the cache and compare it with its checksums; the exit code is 1 when anything is wrong.
+
+    Example: expert cache verify
+    """
     with errors_on_exit():
         from pipeline.package.cache import default_cache_dir
         from pipeline.package.cache_admin import verify_cache

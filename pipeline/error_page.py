@@ -43,7 +43,7 @@ ADVICE: dict[str, str] = {
     "WorkerLostError": "Give workers more memory, or smaller shards; the log of the last one says how it ended.",
     "ServeError": "Read the message; the service answers others meanwhile.",
     "AuthenticationError": "Send `Authorization: Bearer KEY`, with a key that the service knows.",
-    "UnknownRouteError": "Use a path and method of the README; `GET /v1/models` is one.",
+    "UnknownRouteError": "Use a path and method of docs/guides/online.md; `GET /v1/models` is one.",
     "UnknownModelError": "Use one of the names in the hint, or of `GET /v1/models`.",
     "BodyTooLargeError": "Send less, or raise the limit in the configuration.",
     "SlowClientError": "Send the body at once, and read the answer as it comes.",

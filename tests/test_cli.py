@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
 from pipeline import demo
@@ -148,6 +150,12 @@ def test_status_and_verification_of_an_output(tmp_path: Path) -> None:
 
 
 def test_every_command_teaches_by_example() -> None:
-    asking, packages = ("generate", "chat"), ("verify", "pack", "sign", "stage")
-    for command in ("run", *asking, "demo-data", "status", "verify-output", *packages):
-        assert "Example: expert" in expert(command, "--help").stdout
+    for words in commands_of(typer.main.get_command(app)):
+        assert "Example: expert" in expert(*words, "--help").stdout, words
+
+
+def commands_of(command: Any) -> list[tuple[str, ...]]:
+    """The words of each command, those of groups among them."""
+    if not hasattr(command, "commands"):
+        return [()]
+    return [(name, *rest) for name, inner in command.commands.items() for rest in commands_of(inner)]

@@ -16,7 +16,7 @@ from pipeline.batch.config import BatchConfig
 from pipeline.cli import app
 from pipeline.package.manifest_reader import read_manifest
 from pipeline.serve.config import ServeConfig
-from tests.documents import BLOCKS, PROJECT, Block, commands, of_language
+from tests.documents import BLOCKS, PAGES, PROJECT, Block, commands, of_language
 
 LANGUAGES = {"python", "py", "console", "sh", "yaml", "json"}
 # What a page speaks of without making it.
@@ -70,7 +70,17 @@ def test_commands_are_accepted(block: Block) -> None:
 
 
 def split_commands(line: str) -> list[list[str]]:
-    return [shlex.split(part) for part in line.split(";")]
+    """The commands of a line; a semicolon in quotes divides nothing."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=";")
+    lexer.whitespace_split = True
+    lexer.commenters = ""
+    parts: list[list[str]] = [[]]
+    for word in lexer:
+        if word == ";":
+            parts.append([])
+        else:
+            parts[-1].append(word)
+    return parts
 
 
 def parse(words: list[str]) -> None:
@@ -97,6 +107,15 @@ def test_manifests_are_valid(block: Block) -> None:
     assert read.manifest.name == json.loads(block.code)["name"]
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_on_in_a_checkout_too(page: Path) -> None:
+    """Not only on the site, which has pages that are made when it is built."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)#:\s]+)[^)]*\)", text):
+        if not target.startswith(("http", "mailto")):
+            assert (page.parent / target).exists(), target
+
+
 def test_the_site_is_built_and_no_link_is_broken(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=300, check=False)
@@ -105,6 +124,7 @@ def test_the_site_is_built_and_no_link_is_broken(tmp_path: Path) -> None:
     assert "--retry-errors" in pages["cli.html"]
     assert "progress_timeout" in pages["configuration.html"]
     assert "ExpertManager" in pages["api.html"]
+    assert 'href="../reference/configuration.html#a-batch-job"' in (tmp_path / "site/guides/batch.html").read_text()
     outside = re.compile(r"""<(?:script|link|img)[^>]+(?:src|href)=["']?https?://""")
     for path in (tmp_path / "site").rglob("*.html"):
         assert not outside.search(path.read_text()), f"{path.name} loads something from elsewhere"

@@ -2,6 +2,8 @@
 
 import asyncio
 import importlib.util
+import runpy
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +63,24 @@ def service() -> Iterator[str]:
 def test_the_rest_client(service: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EXPERT_API_KEY", KEY)
     assert example("rest_client").ask(service, QUESTION) == ANSWER
+
+
+@pytest.mark.parametrize("name", ["batch_script", "rest_client"])
+def test_a_script_called_without_its_arguments_says_how(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = next(path for path in EXAMPLES if path.stem == name)
+    monkeypatch.setattr(sys, "argv", [path.name])
+    with pytest.raises(SystemExit, match=f"python examples/{path.name}"):
+        runpy.run_path(str(path), run_name="__main__")
+
+
+def test_the_rest_client_says_that_nothing_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = next(path for path in EXAMPLES if path.stem == "rest_client")
+    with socket.socket() as taken:  # bound, and not listening
+        taken.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        monkeypatch.setattr(sys, "argv", [path.name, address, QUESTION])
+        with pytest.raises(SystemExit, match=f"nothing answers at {address}"):
+            runpy.run_path(str(path), run_name="__main__")
 
 
 def test_the_fastapi_service() -> None:

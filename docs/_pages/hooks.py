@@ -22,6 +22,14 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
+def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
+    """Lead links that a reader of the checkout can follow to the pages that the site has in their place."""
+    up = "../" * page.file.src_uri.count("/")
+    for target, instead in INSTEAD.items():
+        markdown = markdown.replace(f"](../{up}{target}", f"]({up}{instead}")
+    return markdown
+
+
 def cli_page() -> str:
     """Every command of `expert`, from what `--help` says."""
     import typer
@@ -128,6 +136,14 @@ PAGES = {
     "reference/configuration.md": configuration_page,
     "contributing.md": contributing_page,
     "changelog.md": changelog_page,
+}
+
+# Files of the project that pages link to, and the pages that stand for them on the site.
+INSTEAD = {
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "configs/batch.yaml": "reference/configuration.md#a-batch-job",
+    "configs/serve.yaml": "reference/configuration.md#a-service",
 }
 
 if __name__ == "__main__":

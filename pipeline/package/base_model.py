@@ -108,8 +108,8 @@ def find_base_model(
     of = f" of {package}" if package else ""
     raise BaseModelError(
         f"the base model {spec.name!r}{of} was not found",
-        hint=f"Name its directory with base_model=, or set {MODELS_DIR_VARIABLE} to a directory that holds "
-        f"{spec.short_name!r}.",
+        hint=f"Name its directory with base_model= (--base-model), or set {MODELS_DIR_VARIABLE} to a directory that "
+        f"holds {spec.short_name!r}.",
         details=tried,
     )
 
