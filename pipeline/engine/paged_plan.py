@@ -16,9 +16,9 @@ Sources: Hydragen (arXiv 2402.05099) for shared prefixes, FlashDecoding
 (https://pytorch.org/blog/flash-decoding/) for cutting the keys.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +32,7 @@ DECODE_WIDTH, DECODE_SPAN = 8, 128
 PREFILL_WIDTH, PREFILL_SPAN = 64, 512
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)  # not frozen, which costs a microsecond each: a step makes hundreds
 class Keys:
     """Keys and values that lie in pages.
 
@@ -45,8 +45,7 @@ class Keys:
     length: int
 
 
-@dataclass(frozen=True)
-class Item:
+class Item(NamedTuple):
     """Contiguous tokens of one sequence in a packed batch.
 
     Args:
@@ -106,11 +105,10 @@ def units_of(arrays: Sequence[Array]) -> list[Units[Array]]:
 
 def places(items: Sequence[Item]) -> Int64s:  # [num_tokens]
     """Where the keys of the new tokens go: `page * PAGE + token in the page`."""
-    found = []
-    for item in items:
-        at = np.arange(item.own.length - item.count, item.own.length)
-        found.append(item.own.pages[at // PAGE] * PAGE + at % PAGE)
-    return np.concatenate(found)
+    counts = np.array([item.count for item in items])
+    at = _ranges(np.array([item.own.length for item in items]) - counts, counts)
+    pages, before = _laid_out([item.own for item in items])
+    return pages[np.repeat(before, counts) + at // PAGE] * PAGE + at % PAGE
 
 
 def plan_step(items: Sequence[Item]) -> list[Units[Int64s]]:
@@ -135,27 +133,21 @@ def plan_units(items: Sequence[Item], width: int, span: int) -> Units[Int64s]:
         width: Tokens of a unit.
         span: Keys of a unit, a multiple of `PAGE`.
     """
-    tokens = np.concatenate([np.arange(item.start, item.start + item.count) for item in items])
-    positions = np.concatenate([np.arange(item.position, item.position + item.count) for item in items])
-    tiles = [*_own_tiles(items, width), *_prefix_tiles(items, width)]
-    num_keys = np.array([tile.num_keys for tile in tiles])
-    num_spans = -(-num_keys // span)
-    tile = np.repeat(np.arange(len(tiles)), num_spans)  # of each unit
-    at = np.arange(len(tile)) - np.repeat(np.cumsum(num_spans) - num_spans, num_spans)  # which of its tile's units
-    count = np.minimum(num_keys[tile] - at * span, span)
-    num_pages = np.array([len(one.keys.pages) for one in tiles])
-    in_slot = at[:, None] * (span // PAGE) + np.arange(span // PAGE)  # [num_units, span / PAGE]
-    in_all = (np.cumsum(num_pages) - num_pages)[tile, None] + np.minimum(in_slot, num_pages[tile, None] - 1)
-    pages = np.concatenate([one.keys.pages for one in tiles])[in_all]
+    tiles = _tiles(items, width)
+    num_spans = -(-tiles.num_keys // span)
+    tile = np.repeat(np.arange(len(num_spans)), num_spans)  # of each unit
+    at = _ranges(np.zeros_like(num_spans), num_spans)  # which of its tile's units
+    count = np.minimum(tiles.num_keys[tile] - at * span, span)
+    all_pages, before = _laid_out(tiles.keys)
+    num_pages = np.array([len(keys.pages) for keys in tiles.keys])
+    of_keys = tiles.of_keys[tile]
+    in_keys = at[:, None] * (span // PAGE) + np.arange(span // PAGE)  # [num_units, span / PAGE]
+    pages = all_pages[before[of_keys, None] + np.minimum(in_keys, num_pages[of_keys, None] - 1)]
     pages[np.arange(span // PAGE) * PAGE >= count[:, None]] = EMPTY_PAGE
-    lanes = np.zeros((len(tiles), width), np.int64)
-    sizes = np.array([len(one.tokens) for one in tiles])
-    is_used = np.arange(width) < sizes[:, None]
-    lanes[is_used] = np.concatenate([one.tokens for one in tiles])
-    lanes, is_used = lanes[tile], is_used[tile]
-    parts, num_parts = _parts(lanes, is_used, len(tokens))
-    first = np.array([one.first for one in tiles])[tile] + at * span
-    return Units(tokens, positions, lanes, pages, first, count, parts, num_parts)
+    lanes = tiles.lanes[tile]
+    parts, num_parts = _parts(lanes, np.arange(width) < tiles.sizes[tile, None], len(tiles.tokens))
+    first = tiles.first[tile] + at * span
+    return Units(tiles.tokens, tiles.positions, lanes, pages, first, count, parts, num_parts)
 
 
 def plan_decode(
@@ -177,7 +169,8 @@ def plan_decode(
     units = plan_units(items, DECODE_WIDTH, DECODE_SPAN)
     num_rows, num_units = rounded_up(len(items)), rounded_up(max(len(units.first), least_units))
     num_parts = rounded_up(max(units.parts.shape[1], least_parts))
-    parts = np.pad(units.parts, ((0, 0), (0, num_parts - units.parts.shape[1])), mode="edge")
+    most = units.parts.shape[1]
+    parts = units.parts[:, np.minimum(np.arange(num_parts), most - 1)]
     filled = Units(
         tokens=np.arange(num_rows),
         positions=_longer(units.positions, num_rows, 0),
@@ -199,40 +192,83 @@ def rounded_up(number: int) -> int:
 
 
 def _longer(array: Int64s, length: int, value: int) -> Int64s:
-    return np.pad(array, ((0, length - len(array)), *((0, 0) for _ in array.shape[1:])), constant_values=value)
+    longer = np.full((length, *array.shape[1:]), value, np.int64)
+    longer[: len(array)] = array
+    return longer
+
+
+def _ranges(starts: Int64s, counts: Int64s) -> Int64s:
+    """The numbers from each start on, `counts` of them, one range after another."""
+    ends = np.cumsum(counts)
+    return np.repeat(starts - ends + counts, counts) + np.arange(ends[-1] if len(ends) else 0)
+
+
+def _laid_out(keys: Sequence[Keys]) -> tuple[Int64s, Int64s]:
+    """All pages one after another, and how many come before those of each."""
+    lengths = np.array([len(one.pages) for one in keys])
+    return np.concatenate([one.pages for one in keys]), np.cumsum(lengths) - lengths
 
 
 @dataclass(frozen=True)
-class _Tile:
-    """Up to `width` tokens with keys that all of them read, at least in part; a unit for each span of these."""
+class _Tiles:
+    """Up to `width` tokens with keys that all of them read, at least in part; there is a unit for each span of these.
+
+    Args:
+        tokens, positions: As of `Units`.
+        keys: All there are, of the items themselves and of what they share.
+        lanes: The tokens of each tile, as of `Units`. [num_tiles, width]
+        sizes: How many tokens each has. [num_tiles]
+        of_keys: Which keys they read, as an index into `keys`. [num_tiles]
+        first, num_keys: The position of the first of these keys in the text, and how many they read. [num_tiles]
+    """
 
     tokens: Int64s
-    keys: Keys
-    first: int
-    num_keys: int
+    positions: Int64s
+    keys: list[Keys]
+    lanes: Int64s
+    sizes: Int64s
+    of_keys: Int64s
+    first: Int64s
+    num_keys: Int64s
 
 
-def _own_tiles(items: Sequence[Item], width: int) -> Iterable[_Tile]:
-    start = 0  # among the tokens of these items
-    for item in items:
-        past, before = item.own.length - item.count, item.prefix.length if item.prefix else 0
-        for at in range(0, item.count, width):
-            stop = min(at + width, item.count)
-            yield _Tile(np.arange(start + at, start + stop), item.own, before, past + stop)
-        start += item.count
-
-
-def _prefix_tiles(items: Sequence[Item], width: int) -> Iterable[_Tile]:
-    members: dict[Keys, list[Int64s]] = {}
-    start = 0
-    for item in items:
+def _tiles(items: Sequence[Item], width: int) -> _Tiles:
+    counts = np.array([item.count for item in items])
+    lengths = np.array([item.own.length for item in items])
+    before = np.array([0 if item.prefix is None else item.prefix.length for item in items])
+    start = np.cumsum(counts) - counts  # among the tokens of these items
+    members: dict[Keys, list[int]] = {}
+    for at, item in enumerate(items):
         if item.prefix is not None:
-            members.setdefault(item.prefix, []).append(np.arange(start, start + item.count))
-        start += item.count
-    for keys, parts in members.items():
-        tokens = np.concatenate(parts)
-        for at in range(0, len(tokens), width):
-            yield _Tile(tokens[at : at + width], keys, 0, keys.length)
+            members.setdefault(item.prefix, []).append(at)
+    # first the tiles over each item's own keys, then those over what items share
+    num_own = -(-counts // width)
+    of_item = np.repeat(np.arange(len(items)), num_own)
+    nth = _ranges(np.zeros_like(num_own), num_own) * width
+    own_sizes = np.minimum(counts[of_item] - nth, width)
+    shared = [_ranges(start[at], counts[at]) for at in members.values()]  # tokens
+    num_shared = np.array([-(-len(tokens) // width) for tokens in shared], np.int64)
+    of_shared = np.repeat(np.arange(len(shared)), num_shared)
+    nth_shared = _ranges(np.zeros_like(num_shared), num_shared) * width
+    shared_sizes = np.minimum(np.array([len(tokens) for tokens in shared], np.int64)[of_shared] - nth_shared, width)
+    sizes = np.concatenate([own_sizes, shared_sizes])
+    lanes = np.zeros((len(sizes), width), np.int64)
+    lanes[np.arange(width) < sizes[:, None]] = np.concatenate([np.arange(counts.sum()), *shared])
+    return _Tiles(
+        tokens=_ranges(np.array([item.start for item in items]), counts),
+        positions=_ranges(before + lengths - counts, counts),
+        keys=[*(item.own for item in items), *members],
+        lanes=lanes,
+        sizes=sizes,
+        of_keys=np.concatenate([of_item, len(items) + of_shared]),
+        first=np.concatenate([before[of_item], np.zeros_like(of_shared)]),
+        num_keys=np.concatenate(
+            [
+                (lengths - counts)[of_item] + nth + own_sizes,
+                np.array([keys.length for keys in members], np.int64)[of_shared],
+            ]
+        ),
+    )
 
 
 def _parts(lanes: Int64s, is_used: npt.NDArray[np.bool_], num_tokens: int) -> tuple[Int64s, Int64s]:

@@ -122,15 +122,7 @@ class Runner:
             self.graphs.clear()
 
     def _forward(self, chunks: list[Chunk]) -> torch.Tensor:
-        token_ids: list[int] = []
-        positions: list[int] = []
-        rows: list[int] = []
-        for chunk in chunks:
-            tokens, first = _tokens(chunk)
-            token_ids += tokens
-            positions += range(first, first + chunk.count)
-            if chunk.samples:
-                rows.append(len(token_ids) - 1)
+        token_ids = [token_id for chunk in chunks for token_id in _tokens(chunk)]
         items = paged_items(chunks, self.cache) if isinstance(self.cache, PagedCache) else []
         if self.graphs is not None and not self._runs_eagerly(chunks, token_ids):
             return self._replay(self.graphs, chunks, token_ids, items)
@@ -139,6 +131,13 @@ class Runner:
             self.bank.begin(
                 _slices((chunk.owner.expert, chunk.count) for chunk in chunks), _slices(sampling or [(None, 1)])
             )
+        positions: list[int] = []
+        rows: list[int] = []
+        for chunk in chunks:
+            first = _position(chunk)
+            positions += range(first, first + chunk.count)
+            if chunk.samples:
+                rows.append(len(positions) - 1)
         told = [np.array(numbers) for numbers in (token_ids, positions, rows or [0])]
         attention: StepAttention
         if isinstance(self.cache, PagedCache):
@@ -292,12 +291,17 @@ def _check_config(config: Any, kind: str, context_length: int) -> None:
         raise BaseModelError(f"{kind} cannot be run packed: {reason}", hint=USE_PADDED)
 
 
-def _tokens(chunk: Chunk) -> tuple[list[int], int]:
-    """A chunk's tokens, and the position of the first."""
+def _tokens(chunk: Chunk) -> Sequence[int]:
+    """A chunk's tokens."""
     owner = chunk.owner
     if isinstance(owner, Prefix):
-        return list(owner.token_ids[chunk.start : chunk.start + chunk.count]), chunk.start
-    return owner.own_tokens(chunk.start, chunk.count), owner.prefix_length + chunk.start
+        return owner.token_ids[chunk.start : chunk.start + chunk.count]
+    return owner.own_tokens(chunk.start, chunk.count)
+
+
+def _position(chunk: Chunk) -> int:
+    """Where a chunk's first token stands in its text."""
+    return chunk.start if isinstance(chunk.owner, Prefix) else chunk.owner.prefix_length + chunk.start
 
 
 def _slices(counts: Iterable[tuple[str | None, int]]) -> list[Slice]:

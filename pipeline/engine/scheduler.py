@@ -10,6 +10,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from pipeline.engine.slots import Slot, SlotTable, slot_size
 
@@ -75,10 +76,12 @@ class Entry:
     def own_tokens(self, start: int, count: int) -> list[int]:
         """Tokens after the prefix, `count` of them from `start` on."""
         first = self.prefix_length + start
+        if first >= len(self.prompt):
+            at = first - len(self.prompt)
+            return self.generated[at : at + count]
         tokens = list(self.prompt[first : first + count])
         if len(tokens) < count:
-            at = max(first - len(self.prompt), 0)
-            tokens += self.generated[at : at + count - len(tokens)]
+            tokens += self.generated[: count - len(tokens)]
         return tokens
 
     @property
@@ -87,8 +90,7 @@ class Entry:
         return self.expert, self.prompt[: self.prefix_length]
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Tokens of one sequence or prefix to compute in a step.
 
     Args:
@@ -213,7 +215,7 @@ class Scheduler:
         while len(self.running) > self.max_running:  # the limit was lowered
             self._preempt(self.running[-1])
         for entry in list(self.running):
-            if budget > 0 and entry in self.running:
+            if budget > 0 and entry.slot is not None:  # another's growth may have taken it
                 budget -= self._plan(entry, budget, step, planned)
         while budget > 0 and len(self.running) < self.max_running:
             found = self._next()
@@ -239,14 +241,15 @@ class Scheduler:
             prefix.num_computed += used
             if prefix.num_computed < prefix.length:
                 return used
-        count = min(entry.num_own - entry.num_computed, budget - used)
+        num_own = entry.num_own
+        count = min(num_own - entry.num_computed, budget - used)
         if count <= 0 or not self._grow(entry, entry.num_computed + count, step):
             return used
         if entry.slot is None:
             raise RuntimeError("a running sequence has no slot")
         start = entry.num_computed
         entry.num_computed += count
-        samples = entry.num_computed == entry.num_own
+        samples = entry.num_computed == num_own
         step.chunks.append(Chunk(entry, entry.slot, start, count, samples))
         return used + count
 

@@ -1,6 +1,6 @@
 """How the memory for keys and values is shared out, in tokens. Knows no torch; `kv_cache` holds the tensors."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 SMALLEST = 32  # tokens
 
@@ -15,8 +15,7 @@ def slot_size(num_tokens: int) -> int:
     return size
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(NamedTuple):
     """Room for the keys and values of `size` tokens in every layer."""
 
     number: int
