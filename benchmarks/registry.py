@@ -49,8 +49,8 @@ PEERS = {
         {"engine": "packed", "hint": 0},
         takes_experts=True,
     ),
-    "packed-triton": Peer(
-        "ours", "packed, on a GPU by Triton's kernels", {"engine": "packed", "triton": True}, takes_experts=True
+    "packed-torch": Peer(
+        "ours", "packed, on a GPU by torch's operations", {"engine": "packed", "triton": False}, takes_experts=True
     ),
     "packed-no-bank": Peer("ours", "packed, without a bank of experts", {"engine": "packed", "bank": False}),
     "packed-merged": Peer(

@@ -2,7 +2,7 @@
 
 Options: `engine` (`packed` or `padded`); `hint`, the prefix length told instead of the true one; `merge`, which merges
 the only expert into the model instead of holding it beside others; `bank`, false for an engine that can hold none;
-`quantization`, of the weights; `triton`, for its kernels on a GPU.
+`quantization`, of the weights; `triton`, false for torch's operations on a GPU.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ def load(job: dict[str, Any]) -> Run:
             engine=options["engine"],
             dtype=job["dtype"],
             quantization=quantization,
-            use_triton=options.get("triton", False),
+            use_triton=options.get("triton"),
         )
     else:
         engine = PackedEngine(load_base_model(base, dtype=job["dtype"]), load_tokenizer(None, base))

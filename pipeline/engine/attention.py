@@ -6,13 +6,14 @@ the model's keyword arguments and its cache object. Nothing is global.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from transformers import AttentionInterface
 
-from pipeline.engine.kernels import AttentionPlan, Spans, load_kernels
+from pipeline.engine.kernels import AttentionPlan, KernelsUnavailableError, Spans, load_kernels
 from pipeline.engine.kernels.cpu import Kernels
 from pipeline.engine.kv_cache import PagedCache, SlotCache
 from pipeline.engine.paged_plan import Item, Keys
@@ -21,6 +22,8 @@ from pipeline.errors import BaseModelError, ConfigError, MissingDependencyError
 
 if TYPE_CHECKING:
     from pipeline.engine.kernels.gpu import GpuKernels
+
+logger = logging.getLogger(__name__)
 
 NAME = "expert_packed"
 _HARMLESS = frozenset({"dropout", "position_ids", "use_cache", "is_causal", "output_router_logits"})
@@ -152,18 +155,41 @@ def paged_items(chunks: list[Chunk], cache: PagedCache) -> list[Item]:
     return items
 
 
-def kernels_for(device: torch.device, dtype: torch.dtype) -> Kernels | None:
-    """The compiled kernels, where they run."""
-    return load_kernels(dtype) if device.type == "cpu" else None
+def kernels_for(
+    device: torch.device, dtype: torch.dtype, *, use_triton: bool | None = None
+) -> Kernels | GpuKernels | None:
+    """What computes attention, norms and gates on a device; None for torch's own operations.
 
-
-def triton_kernels(device: torch.device, dtype: torch.dtype) -> GpuKernels:
-    """Triton's kernels for a GPU.
+    Args:
+        device: Of the model.
+        dtype: Of the model.
+        use_triton: On a GPU, whether by kernels of Triton; None for where they work. That they do not, is warned of.
 
     Raises:
-        ConfigError: The device is not a GPU.
-        MissingDependencyError: Triton is not installed.
+        ConfigError: Triton's kernels are asked for, and the device is not a GPU.
+        MissingDependencyError: They are asked for, and Triton is not installed.
     """
+    if use_triton:
+        return _triton_kernels(device, dtype)
+    if device.type == "cpu":
+        return load_kernels(dtype)
+    if device.type != "cuda" or use_triton is False:
+        return None
+    try:
+        kernels = _triton_kernels(device, dtype)
+        kernels.try_out(device)
+    except (KernelsUnavailableError, MissingDependencyError) as problem:
+        logger.warning(
+            "no kernels on %s: attention and norms run in plain torch, at about half the speed\n  %s\n  Fix: %s",
+            device,
+            problem,
+            problem.hint,
+        )
+        return None
+    return kernels
+
+
+def _triton_kernels(device: torch.device, dtype: torch.dtype) -> GpuKernels:
     if device.type != "cuda":
         raise ConfigError(f"Triton's kernels do not run on {device}", hint="Leave use_triton out, or use a GPU.")
     try:

@@ -52,7 +52,7 @@ class PackedEngine:
         batch_size: At most this many sequences run at once.
         max_batch_tokens: At most this many tokens are computed in a step.
         kv_cache_bytes: The memory for keys and values; None for what the device has to spare.
-        use_triton: On a GPU, compute by kernels of Triton; see `Runner`.
+        use_triton: On a GPU, whether to compute by kernels of Triton; None for where they work.
 
     Raises:
         BaseModelError: The model cannot be run packed; the message names the other engine.
@@ -67,7 +67,7 @@ class PackedEngine:
         batch_size: int = 128,
         max_batch_tokens: int = 1024,
         kv_cache_bytes: int | None = None,
-        use_triton: bool = False,
+        use_triton: bool | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self._rules = StopRules(tokenizer, base.eos_token_ids)

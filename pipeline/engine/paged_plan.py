@@ -151,7 +151,7 @@ def plan_units(items: Sequence[Item], width: int, span: int) -> Units[Int64s]:
 
 
 def plan_decode(
-    token_ids: Sequence[int], items: Sequence[Item], *, least_units: int = 1, least_parts: int = 1
+    token_ids: Sequence[int], items: Sequence[Item], least_units: int = 1, least_parts: int = 1
 ) -> list[Int64s]:
     """A step of one new token for each of some sequences, in one of few sizes, so that many steps have one shape.
 

@@ -19,10 +19,10 @@ from pipeline.engine.attention import (
     StepCache,
     kernels_for,
     paged_items,
-    triton_kernels,
 )
 from pipeline.engine.batched_attention import BatchedAttention
 from pipeline.engine.decode_graphs import DecodeGraphs, Recorder, recorder_for
+from pipeline.engine.kernels.cpu import Kernels
 from pipeline.engine.kv_cache import PagedCache, SlotCache, default_num_bytes
 from pipeline.engine.loader import BaseModel
 from pipeline.engine.paged_plan import Item, places, plan_decode, plan_step, units_of
@@ -53,8 +53,7 @@ class Runner:
         num_rows: How many tokens a step usually has.
         record: What records decode steps so that they are replayed; None for what the device has, CUDA graphs or
             nothing.
-        use_triton: Compute attention, norms and gates by kernels of Triton. Not the default: their speed has not been
-            measured yet.
+        use_triton: Compute attention, norms and gates by kernels of Triton; None for wherever they work.
 
     Raises:
         BaseModelError: The model cannot be run packed: it attends in a way of its own.
@@ -69,7 +68,7 @@ class Runner:
         kv_cache_bytes: int | None = None,
         num_rows: int = 64,
         record: Recorder | None = None,
-        use_triton: bool = False,
+        use_triton: bool | None = None,
     ) -> None:
         self.bank: AdapterBank | None = None
         self._base = base
@@ -82,9 +81,10 @@ class Runner:
         _check_config(config, type(self._model).__name__, base.context_length)
         trial = self._trial_tokens(int(config.vocab_size))
         wanted = self._stock_scores(trial)
-        self._kernels = kernels_for(base.device, base.dtype)
-        self._gpu_kernels = triton_kernels(base.device, base.dtype) if use_triton else None
-        self.cache = (SlotCache if self._kernels is not None else PagedCache)(
+        kernels = kernels_for(base.device, base.dtype, use_triton=use_triton)
+        self._slot_kernels = kernels if isinstance(kernels, Kernels) else None
+        self._page_kernels = None if isinstance(kernels, Kernels) else kernels
+        self.cache = (PagedCache if self._slot_kernels is None else SlotCache)(
             (num_layers, 2, num_kv_heads, head_dim),
             dtype=base.dtype,
             device=base.device,
@@ -95,7 +95,6 @@ class Runner:
         self.graphs = None if record is None else DecodeGraphs(self._decode, record, base.device)
         self._graphs_version = 0
         self._told: set[str] = set()  # why steps ran eagerly
-        kernels = self._kernels or self._gpu_kernels
         if kernels is not None:
             use_kernels(base, kernels)
         pack_linears(base, num_rows)
@@ -143,10 +142,10 @@ class Runner:
         if isinstance(self.cache, PagedCache):
             told += [places(items), *(array for units in plan_step(items) for array in units.arrays())]
             inputs, at, last, own_places, *others = to_device(told, self._base.device)
-            attention = BatchedAttention(self.cache, own_places, units_of(others), self._gpu_kernels)
-        elif self._kernels is not None:
+            attention = BatchedAttention(self.cache, own_places, units_of(others), self._page_kernels)
+        elif self._slot_kernels is not None:
             inputs, at, last = to_device(told, self._base.device)
-            attention = KernelAttention(self._kernels, chunks, self.cache, self._num_q_heads)
+            attention = KernelAttention(self._slot_kernels, chunks, self.cache, self._num_q_heads)
         else:
             raise TypeError("slots of their own are for the compiled kernels")
         is_soft = max(token_ids) >= self.soft_prompts.vocab_size
@@ -160,18 +159,13 @@ class Runner:
     def _decode(self, numbers: list[torch.Tensor]) -> torch.Tensor:
         if not isinstance(self.cache, PagedCache):
             raise TypeError("a recorded step needs keys and values in pages")
-        return decode_scores(self._model, self.cache, numbers, self._gpu_kernels)
+        return decode_scores(self._model, self.cache, numbers, self._page_kernels)
 
     def _replay(
         self, graphs: DecodeGraphs, chunks: list[Chunk], token_ids: Sequence[int], items: Sequence[Item]
     ) -> torch.Tensor:
-        kernels = self._gpu_kernels
-        numbers = plan_decode(
-            token_ids,
-            items,
-            least_units=1 if kernels is None else kernels.least_units,
-            least_parts=1 if kernels is None else kernels.least_parts,
-        )
+        room = (1, 1) if self._page_kernels is None else self._page_kernels.least_sizes
+        numbers = plan_decode(token_ids, items, *room)
         experts = [chunk.owner.expert for chunk in chunks]
         if self.bank is None:
             return graphs.run(numbers, key=False)[: len(chunks)]

@@ -202,7 +202,7 @@ def load_engine(
     batch_size: int = 128,
     max_batch_tokens: int | None = None,
     kv_cache_bytes: int | None = None,
-    use_triton: bool = False,
+    use_triton: bool | None = None,
 ) -> PackedEngine | PaddedEngine:
     """Load a base model and any number of experts over it, side by side; a request names its expert.
 
@@ -211,7 +211,7 @@ def load_engine(
         packages: The experts, by the names that requests give; a request without one gets the base model's answer.
         max_resident: At most this many adapters are on the device at a time; None for all.
         engine, device, dtype, quantization, batch_size, max_batch_tokens, kv_cache_bytes: As for `load_expert`.
-        use_triton: On a GPU, compute by kernels of Triton (packed); see `Runner`.
+        use_triton: On a GPU, whether to compute by kernels of Triton (packed); None for where they work.
 
     Raises:
         As `load_expert`; and ConfigError for experts over the padded engine, which holds one merged expert only.

@@ -4,14 +4,16 @@ import os
 import subprocess
 import sys
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from torch.nn import functional
 
-from pipeline.engine.attention import triton_kernels
+from pipeline.engine.attention import kernels_for
 from pipeline.engine.batched_attention import BatchedAttention
+from pipeline.engine.kernels import KernelsUnavailableError
 from pipeline.engine.paged_plan import places, plan_decode, plan_step, units_of
 from pipeline.engine.transfer import to_device
 from pipeline.errors import ConfigError, MissingDependencyError
@@ -66,15 +68,39 @@ def check(case: Case, dtype: torch.dtype, window: int = 0, softcap: float = 0.0,
 
 def test_kernels_are_for_gpus() -> None:
     with pytest.raises(ConfigError) as caught:
-        triton_kernels(torch.device("cpu"), torch.float32)
+        kernels_for(torch.device("cpu"), torch.float32, use_triton=True)
     assert "use_triton" in str(caught.value.hint)
 
 
 def test_without_triton_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pipeline.engine.kernels.gpu", None)
     with pytest.raises(MissingDependencyError) as caught:
-        triton_kernels(torch.device("cuda"), torch.float32)
+        kernels_for(torch.device("cuda"), torch.float32, use_triton=True)
     assert "pip install triton" in str(caught.value.hint)
+    assert kernels_for(torch.device("cuda"), torch.float32, use_triton=False) is None
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda" or IS_INTERPRETED, reason="Triton works here")
+def test_where_triton_does_not_work_torch_computes_and_that_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from pipeline.engine.kernels import gpu
+
+    with pytest.raises(KernelsUnavailableError) as caught:  # it finds no driver here, as it finds no compiler elsewhere
+        gpu.GpuKernels(torch.float32).try_out(torch.device("cpu"))
+    assert "Triton does not work: " in str(caught.value)
+    works = Mock(side_effect=caught.value)
+    monkeypatch.setattr(gpu.GpuKernels, "try_out", works)
+    with caplog.at_level("WARNING", logger="pipeline"):
+        assert kernels_for(torch.device("cuda"), torch.bfloat16) is None
+    assert works.call_count == 1
+    assert "no kernels on cuda" in caplog.text
+    assert "Fix: Install a C compiler" in caplog.text
+
+
+@on_gpu
+def test_a_gpu_computes_by_triton_unless_told_otherwise() -> None:
+    assert isinstance(kernels_for(DEVICE, torch.bfloat16), GpuKernels)
 
 
 @computed

@@ -11,12 +11,17 @@ that are put together by log-sum-exp; the online softmax is FlashAttention's (ar
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 # Triton reads the annotations of a kernel's arguments: those that it knows are at most `tl.constexpr`.
 
+from subprocess import SubprocessError
+
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.errors import TritonError
 
+from pipeline.engine.kernels.build import KernelsUnavailableError
 from pipeline.engine.paged_plan import PAGE, Units
 
+HOW_TO_COMPILE = "Install a C compiler and Python's headers: apt-get install gcc python3-dev."
 MOST_ROWS = 64  # of a program: queries of a unit that are multiplied together
 _BLOCK_BYTES = 16 << 10  # of the keys that are multiplied together
 _NORM_NUMBERS = 2048  # of a program: several rows where rows are short
@@ -213,12 +218,25 @@ class GpuKernels:
         dtype: float32, bfloat16 or float16; sums are float32 in all.
     """
 
-    # A recorded step has room for so many, since empty ones cost next to nothing, and few shapes are to be recorded.
-    least_units = 256
-    least_parts = 16
+    # A recorded step has room for so many units, and so many of a token: empty ones cost next to nothing, and few
+    # shapes are to be recorded.
+    least_sizes = (256, 16)
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
+
+    def try_out(self, device: torch.device) -> None:
+        """Compute something small.
+
+        Raises:
+            KernelsUnavailableError: Triton cannot compile or launch here: it finds no C compiler, or no driver.
+        """
+        ones = torch.ones(1, 16, dtype=self.dtype, device=device)
+        try:
+            self.silu_mul(ones, ones).sum().item()
+        except (RuntimeError, OSError, SubprocessError, TritonError) as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise KernelsUnavailableError(f"Triton does not work: {reason}", hint=HOW_TO_COMPILE) from error
 
     def store(self, keys: torch.Tensor, values: torch.Tensor, pool: torch.Tensor, places: torch.Tensor) -> None:
         """Put new keys and values into pages.
