@@ -18,7 +18,7 @@ Sources: Hydragen (arXiv 2402.05099) for shared prefixes, FlashDecoding
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +32,7 @@ DECODE_WIDTH, DECODE_SPAN = 8, 128
 PREFILL_WIDTH, PREFILL_SPAN = 64, 512
 
 
-@dataclass(eq=False, slots=True)  # not frozen, which costs a microsecond each: a step makes hundreds
+@dataclass(eq=False, slots=True)  # not frozen, which takes a microsecond: a step makes hundreds
 class Keys:
     """Keys and values that lie in pages.
 
@@ -45,7 +45,8 @@ class Keys:
     length: int
 
 
-class Item(NamedTuple):
+@dataclass(eq=False, slots=True)
+class Item:
     """Contiguous tokens of one sequence in a packed batch.
 
     Args:
@@ -108,7 +109,8 @@ def places(items: Sequence[Item]) -> Int64s:  # [num_tokens]
     counts = np.array([item.count for item in items])
     at = _ranges(np.array([item.own.length for item in items]) - counts, counts)
     pages, before = _laid_out([item.own for item in items])
-    return pages[np.repeat(before, counts) + at // PAGE] * PAGE + at % PAGE
+    found: Int64s = pages[np.repeat(before, counts) + at // PAGE] * PAGE + at % PAGE
+    return found
 
 
 def plan_step(items: Sequence[Item]) -> list[Units[Int64s]]:
