@@ -16,10 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.batch.answering import EngineJob, LoadedEngine
+from pipeline.batch.answering import EngineJob, LoadedEngine, Loader
 from pipeline.batch.config import BatchConfig
 from pipeline.batch.drive import drive
-from pipeline.batch.echo import load_echo
+from pipeline.batch.echo import echo_preparers, load_echo
 from pipeline.batch.execute import execute
 from pipeline.batch.lease import hold
 from pipeline.batch.plan import open_experts, prepare
@@ -60,7 +60,7 @@ class DiesInTurn:
 
 
 def load(job: EngineJob, *, seconds_per_row: float, folder: str, deaths: list[int], marks: str) -> LoadedEngine:
-    """A loader of an engine that only echoes, in a process that may be told to die."""
+    """Come to an engine that only echoes, in a process that may be told to die."""
     if deaths:
         sys.addaudithook(DiesInTurn(folder, deaths, Path(marks)))
     return load_echo(job, seconds_per_row=seconds_per_row)
@@ -86,7 +86,14 @@ def main(options: dict[str, Any]) -> None:
     sys.addaudithook(die)
     recorder = RunRecorder(phases)
     with hold(job.output.storage, seconds=config.lease_seconds) as lease, recorder.recording(job.output.storage):
-        drive(job, lease, Progress(enabled=False), phases, recorder, execute=partial(execute, load=loader))
+        drive(
+            job,
+            lease,
+            Progress(enabled=False),
+            phases,
+            recorder,
+            execute=partial(execute, load=Loader(loader, echo_preparers)),
+        )
 
 
 if __name__ == "__main__":

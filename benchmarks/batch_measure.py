@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from benchmarks.peers.ray_data import answer_all
 from benchmarks.scale_measure import tree_cpu_seconds
 from pipeline import demo, run_batch
-from pipeline.batch.answering import Answering, load_engine
+from pipeline.batch.answering import EXPERTS, Answering, load_engine
 from pipeline.batch.cluster import connect
 from pipeline.batch.config import BatchConfig
 from pipeline.batch.execute import plan_workers, worker_job
@@ -82,7 +82,7 @@ def measure_engine(folder: Path, rows: int) -> Figures:
 
 def _answering(job: PreparedJob) -> Answering[Any]:
     workers = plan_workers(job.config, connect("local"), 1)
-    engine = worker_job(job, workers, is_resumed=False, load=load_engine).engine
+    engine = worker_job(job, workers, is_resumed=False, load=EXPERTS).engine
     loaded = load_engine(engine)
     return Answering(loaded.engine, RowAnswers(engine, loaded.builders, job.part_format))
 
@@ -94,12 +94,12 @@ def measure_ray_data(folder: Path, rows: int) -> Figures:
     job = prepare(config, open_experts(config))
     package = open_package(str(options["expert"]))
     # They are given the prompts as our own builder makes them, as tokens.
-    engine = worker_job(job, plan_workers(config, connect("local"), 1), is_resumed=False, load=load_engine).engine
+    engine = worker_job(job, plan_workers(config, connect("local"), 1), is_resumed=False, load=EXPERTS).engine
     loaded = load_engine(engine)
     form = RowAnswers(engine, loaded.builders, job.part_format)
     expected, prompts = [], []
     for row in _rows(job):
-        request = form.ask(row.identity, row).request
+        request = form.ask(row.identity, row, form.prepare(row)).request
         if request is None:
             raise RuntimeError(f"{row.identity} cannot be asked")
         expected.append(row.values["expected"])

@@ -64,7 +64,7 @@ def measure_job(*, folder: str, rows: int, shard_rows: int, workers: int) -> dic
     from pipeline import demo
     from pipeline.batch.cluster import connect
     from pipeline.batch.config import BatchConfig
-    from pipeline.batch.echo import load_echo
+    from pipeline.batch.echo import ECHO
     from pipeline.batch.execute import execute
     from pipeline.batch.plan import open_experts, prepare
     from pipeline.batch.progress import Phases, Progress
@@ -98,7 +98,7 @@ def measure_job(*, folder: str, rows: int, shard_rows: int, workers: int) -> dic
     before, phases = resident_mib(), Phases()
     connect(config.ray_address)
     cpu_before, driver_before = tree_cpu_seconds(), time.process_time()
-    execute(job, {}, Progress(enabled=False), phases, on_receipt, load=load_echo)
+    execute(job, {}, Progress(enabled=False), phases, on_receipt, load=ECHO)
     cpu, driver_cpu = tree_cpu_seconds() - cpu_before, time.process_time() - driver_before
     started = time.perf_counter()
     manifest = job.output.finish(done)

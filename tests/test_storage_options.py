@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline import Expert, ExpertManager, demo
-from pipeline.batch.answering import load_engine
+from pipeline.batch.answering import EXPERTS, load_engine
 from pipeline.batch.config import BatchConfig
 from pipeline.batch.config_file import load_config
 from pipeline.batch.execute import Workers, worker_job
@@ -85,7 +85,7 @@ def batch_config(**options: Any) -> BatchConfig:
 def test_a_job_and_its_workers(shared: Shared, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config = batch_config(expert=shared.package, base_model=shared.base, storage_options=shared.options, device="cpu")
     job = prepare(config, open_experts(config))
-    told = worker_job(job, Workers(1, 1, 0, 1), is_resumed=False, load=load_engine).engine
+    told = worker_job(job, Workers(1, 1, 0, 1), is_resumed=False, load=EXPERTS).engine
     assert "secret" not in repr(told)
     monkeypatch.setenv("EXPERT_CACHE_DIR", str(tmp_path / "another node"))
     loaded = load_engine(told)

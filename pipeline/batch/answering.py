@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 import pyarrow as pa
 
 from pipeline.batch.config import ResolvedColumns
+from pipeline.batch.prepared import PreparedRow
 from pipeline.batch.rows import Row
 from pipeline.batch.shard_stats import ShardStats
 from pipeline.engine.types import Completion, Engine, Failure, Request
 from pipeline.package import Routing, local_base_model, open_planned
 
 if TYPE_CHECKING:
+    from pipeline.engine.requests import PreparedPrompt
     from pipeline.engine.runtime import EngineName
     from pipeline.package import ExpertPackage
 
@@ -75,17 +77,11 @@ class EngineJob:
     storage_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
 
 
-class Builder(Protocol):
-    """Makes the requests of one expert; `pipeline.engine.requests.RequestBuilder` is one."""
+class Preparer(Protocol):
+    """Prepares the rows of one expert; `pipeline.engine.requests.PromptPreparer` is one."""
 
-    @property
-    def tokenizer(self) -> Any:
-        """The expert's tokenizer."""
-        ...
-
-    def build(
+    def prepare(
         self,
-        request_id: str,
         *,
         prompt: Any = None,
         messages: Any = None,
@@ -93,8 +89,21 @@ class Builder(Protocol):
         dialect: str | None = None,
         system: Any = None,
         options: Mapping[str, Any] | None = None,
-    ) -> Request:
+    ) -> "PreparedPrompt":
         """Check, template and tokenise one row; raises ExpertError where it cannot be asked."""
+        ...
+
+
+class Builder(Preparer, Protocol):
+    """Makes the requests of one expert; `pipeline.engine.requests.RequestBuilder` is one."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """The expert's tokenizer."""
+        ...
+
+    def request(self, request_id: str, prepared: "PreparedPrompt") -> Request:
+        """The request of a prompt that is prepared."""
         ...
 
 
@@ -106,8 +115,18 @@ class LoadedEngine:
     builders: Mapping[str | None, Builder]
 
 
-Loader = Callable[[EngineJob], LoadedEngine]
-"""How a worker comes to its engine: the seam for one that computes nothing."""
+@dataclass(frozen=True)
+class Loader:
+    """How the processes of a job come to what they work with: the seam for an engine that computes nothing.
+
+    Args:
+        engine: How a worker comes to its engine.
+        preparers: How a process that prepares rows for workers comes to what it does so with, by the names that rows
+            give; what they prepare, the builders of the engine take.
+    """
+
+    engine: Callable[[EngineJob], LoadedEngine]
+    preparers: Callable[[EngineJob], Mapping[str | None, Preparer]]
 
 
 def load_engine(job: EngineJob) -> LoadedEngine:
@@ -161,6 +180,24 @@ def load_engine(job: EngineJob) -> LoadedEngine:
     )
 
 
+def load_preparers(job: EngineJob) -> Mapping[str | None, Preparer]:
+    """Load what prepares rows for the job's workers: the packages' manifests and tokenizers, no weights.
+
+    Raises:
+        IntegrityError: A package is not the one that the job was planned with.
+        LoadError: A package cannot be used, or the base model cannot be brought here.
+    """
+    from pipeline.engine.preparing import load_preparers
+
+    base_path = local_base_model(job.base_place, job.cache_dir, job.storage_options.get(job.base_place))
+    packages = {expert.name: _open(expert, job) for expert in job.experts}
+    return load_preparers(packages, base_path, {expert.name: expert.options for expert in job.experts})
+
+
+EXPERTS = Loader(load_engine, load_preparers)
+"""The job's own experts."""
+
+
 def _open(expert: JobExpert, job: EngineJob) -> "ExpertPackage":
     return open_planned(
         expert.package,
@@ -195,7 +232,11 @@ class Asked(Generic[Answer]):
 class AnswerForm(Protocol[Answer]):
     """What the rows of a job ask, and what their answers look like; `AnsweredRow`s are one form, lines another."""
 
-    def ask(self, request_id: str, row: Row) -> Asked[Answer]:
+    def prepare(self, row: Row) -> PreparedRow:
+        """What a row asks, without the engine."""
+        ...
+
+    def ask(self, request_id: str, row: Row, prepared: PreparedRow) -> Asked[Answer]:
         """What the engine is asked for a row; a row that cannot be asked has its answer all the same."""
         ...
 
@@ -228,8 +269,12 @@ class Answering(Generic[Answer]):
         self._num_busy = 0
         self._num_done = 0
 
-    def answer(self, rows: Sequence[Row]) -> list[Answer]:
+    def answer(self, rows: Sequence[Row], prepared: Sequence[PreparedRow] | None = None) -> list[Answer]:
         """The answer to each row, in order.
+
+        Args:
+            rows: The rows.
+            prepared: What they ask, where another process has found that out.
 
         Raises:
             EngineFailedError: The engine can do no more.
@@ -237,7 +282,7 @@ class Answering(Generic[Answer]):
         """
         self._count(busy=1)
         try:
-            return self._answer(rows)
+            return self._answer(rows, prepared)
         finally:
             self._count(busy=-1)
 
@@ -245,11 +290,12 @@ class Answering(Generic[Answer]):
         """Something that changes with each step, each row and each answer; None when there is nothing to answer."""
         return (self._engine.stats().num_steps, self._num_done) if self._num_busy else None
 
-    def _answer(self, rows: Sequence[Row]) -> list[Answer]:
+    def _answer(self, rows: Sequence[Row], prepared: Sequence[PreparedRow] | None) -> list[Answer]:
         asked: list[Asked[Answer]] = []
         with self._tokenizing:
             for place, row in enumerate(rows):
-                asked.append(self.form.ask(str(place), row))
+                ready = self.form.prepare(row) if prepared is None else prepared[place]
+                asked.append(self.form.ask(str(place), row, ready))
                 self._count()
         # Neighbours share what they can: an expert, and the beginning of their prompts.
         requests = [one.request for one in asked if one.request is not None]

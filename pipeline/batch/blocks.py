@@ -1,8 +1,9 @@
 """Shards as Ray Data blocks: one row a block, so that no block is ever split.
 
-A row holds the shard's description (`shard`, JSON) and its rows as they were read (`rows`, an Arrow IPC stream). So a
-shard without rows is a block like any other, every shard keeps its own schema, and Ray Data reads ahead of the workers
-under its own back-pressure.
+A row holds the shard's description (`shard`, JSON), its rows as they were read (`rows`, an Arrow IPC stream) and, where
+the task that reads also prepares, what they ask (`prepared`, another one; see `prepared.py`). So a shard without rows
+is a block like any other, every shard keeps its own schema, and Ray Data reads ahead of the workers under its own
+back-pressure.
 
 Shards that follow each other are read by one task, a run, which hands on each as soon as it is read: a task costs the
 driver milliseconds, and what the shards of a run share is opened and decoded once. `ONE_ROW_A_BLOCK` must be set in the
@@ -18,12 +19,13 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from pipeline.batch.parts import PartFormat
+from pipeline.batch.preparing import PrepareJob, prepare_shard
 from pipeline.batch.result import read_part
 from pipeline.batch.shards import Shard
 from pipeline.batch.source import read_shards
 from pipeline.storage import Storage
 
-BLOCK_SCHEMA = pa.schema([("shard", pa.string()), ("rows", pa.large_binary())])
+BLOCK_SCHEMA = pa.schema([("shard", pa.string()), ("rows", pa.large_binary()), ("prepared", pa.large_binary())])
 ONE_ROW_A_BLOCK = {"target_max_block_size": 1}  # bytes: no two rows fit
 RUN_SHARDS = 64  # at most, in a run
 RUNS_PER_READER = 8  # at least, so that the last runs end together
@@ -47,6 +49,7 @@ class ShardDatasource(Datasource):
         runs: Those to read, from `plan_runs`.
         storage_options: Passed to the file system.
         columns: Those to read; None for all.
+        prepare: What to prepare the rows with; None where workers do that.
     """
 
     def __init__(
@@ -54,11 +57,13 @@ class ShardDatasource(Datasource):
         runs: Sequence[Sequence[Shard]],
         storage_options: Mapping[str, Any],
         columns: Sequence[str] | None = None,
+        prepare: PrepareJob | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # Ray does not annotate it
         self._runs = tuple(runs)
         self._storage_options = dict(storage_options)
         self._columns = columns
+        self._prepare = prepare
 
     def estimate_inmemory_data_size(self) -> int | None:
         """Bytes of all shards, about."""
@@ -72,18 +77,32 @@ class ShardDatasource(Datasource):
         metadata = BlockMetadata(
             num_rows=len(run), size_bytes=sum(map(shard_bytes, run)), input_files=None, exec_stats=None
         )
-        return ReadTask(partial(run_blocks, run, self._storage_options, self._columns), metadata, BLOCK_SCHEMA)
+        read = partial(run_blocks, run, self._storage_options, self._columns, self._prepare)
+        return ReadTask(read, metadata, BLOCK_SCHEMA)
 
 
 def run_blocks(
-    run: Sequence[Shard], storage_options: Mapping[str, Any], columns: Sequence[str] | None = None
+    run: Sequence[Shard],
+    storage_options: Mapping[str, Any],
+    columns: Sequence[str] | None = None,
+    prepare: PrepareJob | None = None,
 ) -> Iterator[pa.Table]:
-    """Read shards, or some of their columns, and wrap each as one block of one row."""
+    """Read shards, or some of their columns, prepare their rows if told to, and wrap each as one block of one row.
+
+    Raises:
+        DatasetError: A file cannot be read.
+        LoadError: What prepares cannot be loaded on this machine.
+    """
     for shard, table in zip(run, read_shards(run, columns, storage_options), strict=True):
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)
-        yield pa.table({"shard": [shard.to_json()], "rows": [sink.getvalue().to_pybytes()]}, schema=BLOCK_SCHEMA)
+        block = {
+            "shard": [shard.to_json()],
+            "rows": [sink.getvalue().to_pybytes()],
+            "prepared": [None if prepare is None else prepare_shard(prepare, shard, table)],
+        }
+        yield pa.table(block, schema=BLOCK_SCHEMA)
 
 
 def shard_bytes(shard: Shard) -> int:

@@ -193,6 +193,11 @@ class BatchConfig(BaseModel):
         le=64,
         description="Shards that a worker answers at a time; left out, 2 to 8, as many as keep its batch full.",
     )
+    prepare: Literal["auto", "tasks", "worker"] = Field(
+        "auto",
+        description="Who templates and tokenises rows: tasks beside the workers, or the worker; auto: tasks where "
+        "workers have GPUs.",
+    )
     max_batch_tokens: int | None = Field(
         None,
         ge=1,

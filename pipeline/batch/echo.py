@@ -1,7 +1,8 @@
 """An engine at the worker's seam that computes nothing: for what a job costs besides its model, and for tests of jobs.
 
-`execute(job, ..., load=load_echo)` runs a job with it: rows are read, made into requests, answered by their own
-prompts, encoded and committed as ever. `partial(load_echo, seconds_per_row=0.01)` takes time for each row.
+`execute(job, ..., load=ECHO)` runs a job with it: rows are read, made into requests, answered by their own prompts,
+encoded and committed as ever. With `Loader(partial(load_echo, seconds_per_row=0.01), echo_preparers)` each row takes
+time.
 """
 
 import json
@@ -10,7 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from threading import Lock
 from typing import Any
 
-from pipeline.batch.answering import EngineJob, LoadedEngine
+from pipeline.batch.answering import EngineJob, LoadedEngine, Loader, Preparer
+from pipeline.engine.requests import PreparedPrompt
 from pipeline.engine.stats import EngineStats
 from pipeline.engine.types import Completion, Request, SamplingParams
 from pipeline.errors import InvalidRequestError
@@ -35,9 +37,8 @@ class EchoBuilder:
     def __init__(self, expert: str | None = None) -> None:
         self._expert = expert
 
-    def build(
+    def prepare(
         self,
-        request_id: str,
         *,
         prompt: Any = None,
         messages: Any = None,
@@ -45,8 +46,8 @@ class EchoBuilder:
         dialect: str | None = None,  # noqa: ARG002
         system: Any = None,  # noqa: ARG002
         options: Mapping[str, Any] | None = None,
-    ) -> Request:
-        """The request of a row.
+    ) -> PreparedPrompt:
+        """What a row asks.
 
         Raises:
             InvalidRequestError: There is neither a prompt nor a chat, or the prompt is no text.
@@ -55,7 +56,11 @@ class EchoBuilder:
         if not isinstance(text, str):
             raise InvalidRequestError("prompt is no text", hint="Give text.")
         params = SamplingParams(seed=(options or {}).get("seed", 0))
-        return Request(request_id, tuple(text.encode(errors="replace")), params, expert=self._expert)
+        return PreparedPrompt(tuple(text.encode(errors="replace")), params)
+
+    def request(self, request_id: str, prepared: PreparedPrompt) -> Request:
+        """The request of a row."""
+        return Request(request_id, prepared.token_ids, prepared.params, expert=self._expert)
 
 
 class EchoEngine:
@@ -90,7 +95,7 @@ class EchoEngine:
 
 
 def load_echo(job: EngineJob, *, seconds_per_row: float = 0.0) -> LoadedEngine:
-    """A loader of `EchoEngine`; see `answering.Loader`.
+    """Come to an `EchoEngine`; see `answering.Loader`.
 
     Args:
         job: The job; its experts are not opened.
@@ -98,3 +103,12 @@ def load_echo(job: EngineJob, *, seconds_per_row: float = 0.0) -> LoadedEngine:
     """
     engine = EchoEngine(seconds_per_row=seconds_per_row)
     return LoadedEngine(engine, {expert.name: EchoBuilder(expert.name) for expert in job.experts})
+
+
+def echo_preparers(job: EngineJob) -> Mapping[str | None, Preparer]:
+    """What prepares rows for an `EchoEngine`; see `answering.Loader`."""
+    return {expert.name: EchoBuilder(expert.name) for expert in job.experts}
+
+
+ECHO = Loader(load_echo, echo_preparers)
+"""A loader of `EchoEngine`."""

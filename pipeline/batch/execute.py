@@ -2,6 +2,7 @@
 
 import logging
 import math
+import uuid
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -13,13 +14,14 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 from ray.data.exceptions import ExecutionTimeoutError
 
-from pipeline.batch.answering import EngineJob, Loader, load_engine
+from pipeline.batch.answering import EXPERTS, EngineJob, Loader
 from pipeline.batch.blocks import ONE_ROW_A_BLOCK, ShardDatasource, plan_runs
 from pipeline.batch.cluster import Cluster, connect
 from pipeline.batch.config import BatchConfig
 from pipeline.batch.error_limits import ErrorTally
 from pipeline.batch.metrics import JobMetrics
 from pipeline.batch.plan import PreparedJob, digest_of
+from pipeline.batch.preparing import PrepareJob
 from pipeline.batch.progress import Phases, Progress
 from pipeline.batch.receipts import Receipt
 from pipeline.batch.run_record import RunRecorder
@@ -33,6 +35,7 @@ from pipeline.ray_metrics import RayMetrics
 logger = logging.getLogger(__name__)
 
 READS_PER_WORKER = 2  # shards are read ahead of the workers, under Ray Data's own back-pressure
+PREPARES_PER_WORKER = 4  # at most, where they are also prepared: each a process with a tokenizer, and a core's work
 MOST_IN_FLIGHT = 8  # shards of a worker, unless told otherwise: what is in flight is done again when it dies
 QUIET = {
     "enable_progress_bars": False,
@@ -79,6 +82,19 @@ class Workers:
         return 2 * self.shards_in_flight if self.most > self.count else self.shards_in_flight + 1
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How shards are read for workers.
+
+    Args:
+        num_tasks: Tasks that read at a time.
+        prepares: Whether they also prepare the rows.
+    """
+
+    num_tasks: int
+    prepares: bool
+
+
 def execute(
     job: PreparedJob,
     done: Mapping[int, Receipt],
@@ -88,7 +104,7 @@ def execute(
     *,
     recorder: RunRecorder | None = None,
     is_resumed: bool = False,
-    load: Loader = load_engine,
+    load: Loader = EXPERTS,
 ) -> RunCounts:
     """Answer every shard that is not done yet.
 
@@ -116,7 +132,9 @@ def execute(
     with phases.phase("start"):
         cluster = connect(job.config.ray_address)
         workers = plan_workers(job.config, cluster, len(pending))
-        receipts = _receipts(job, pending, workers, worker_job(job, workers, is_resumed=is_resumed, load=load))
+        reading = plan_reading(job.config, cluster, workers, is_mending=job.output.mends is not None)
+        told = worker_job(job, workers, is_resumed=is_resumed, load=load)
+        receipts = _receipts(job, pending, workers, told, reading)
     rows_done, errors_done = sum(item.rows for item in already), sum(item.errors for item in already)
     if recorder is not None:
         recorder.plan_workers(workers.most)
@@ -189,17 +207,40 @@ def _shards_in_flight(config: BatchConfig, num_shards_each: int) -> int:
     return max(2, min(MOST_IN_FLIGHT, wanted, num_shards_each // 2))
 
 
+def plan_reading(config: BatchConfig, cluster: Cluster, workers: Workers, *, is_mending: bool = False) -> Reading:
+    """How shards are read for workers, and who prepares them.
+
+    Tasks that prepare compute, so that there are no more of them than cores which no worker reserves, and one where
+    there is none. They reserve nothing all the same: one that waits, for a worker to take what it has, would keep its
+    core from the worker that is to be started there.
+
+    Args:
+        config: The job's.
+        cluster: Where it runs.
+        workers: From `plan_workers`.
+        is_mending: Whether only some rows of a shard are answered, which the worker alone finds out.
+    """
+    is_wanted = config.prepare == "tasks" or (config.prepare == "auto" and workers.num_gpus > 0 and not is_mending)
+    if not is_wanted:
+        return Reading(READS_PER_WORKER * workers.most, prepares=False)
+    reserved = workers.most * workers.num_cpus
+    is_there = reserved <= cluster.num_cpus and workers.most * workers.num_gpus <= cluster.num_gpus
+    # Of a cluster that is to grow first, nobody knows the cores.
+    free = int(cluster.num_cpus - reserved) if is_there else READS_PER_WORKER * workers.most
+    return Reading(max(1, min(PREPARES_PER_WORKER * workers.most, free)), prepares=True)
+
+
 def _receipts(
-    job: PreparedJob, pending: list[Shard], workers: Workers, told: WorkerJob
+    job: PreparedJob, pending: list[Shard], workers: Workers, told: WorkerJob, reading: Reading
 ) -> Generator[tuple[Receipt, ShardStats], None, None]:
     """The receipt of each shard as it is committed, and how it was answered."""
-    num_readers = READS_PER_WORKER * workers.most
-    runs = plan_runs(pending, num_readers)
+    runs = plan_runs(pending, reading.num_tasks)
+    prepare = prepare_job(job, told.load) if reading.prepares else None
     with quiet(**ONE_ROW_A_BLOCK):
         answered = ray.data.read_datasource(
-            ShardDatasource(runs, job.config.storage_options, job.kept),
-            num_cpus=0,  # reading waits for storage; it must find room beside workers that hold every core
-            compute=TaskPoolStrategy(size=min(num_readers, len(runs))),
+            ShardDatasource(runs, job.config.storage_options, job.kept, prepare),
+            num_cpus=0,  # it must find room beside workers that hold every core; see `plan_reading`
+            compute=TaskPoolStrategy(size=min(reading.num_tasks, len(runs))),
             override_num_blocks=len(runs),  # Ray Data would cut the blocks of a short plan further
         ).map_batches(
             ShardWorker,
@@ -235,33 +276,61 @@ def worker_job(job: PreparedJob, workers: Workers, *, is_resumed: bool, load: Lo
         is_resumed: Whether the output was begun by another run.
         load: How workers come to their engines.
     """
-    config = job.config
     return WorkerJob(
-        engine=EngineJob(
-            experts=job.experts,
-            base_place=job.base_place,
-            columns=job.columns,
-            prompt_template=config.prompt_template,
-            seed=config.seed,
-            cache_dir=config.cache_dir,
-            device=config.device,
-            dtype=config.dtype,
-            quantization=config.quantization,
-            num_threads=workers.num_threads,
-            engine=config.engine,
-            batch_size=config.batch_size,
-            max_batch_tokens=config.max_batch_tokens,
-            kv_cache_bytes=config.kv_cache_bytes,
-            storage_options={
-                place: config.storage_options_of(place)
-                for place in (job.base_place, *(expert.package for expert in job.experts))
-            },
-        ),
+        engine=engine_job(job, workers.num_threads),
         output=job.output,
         part_format=job.part_format,
-        progress_timeout=config.progress_timeout,
+        progress_timeout=job.config.progress_timeout,
         is_resumed=is_resumed,
         load=load,
+        openai=job.openai,
+        kept=job.kept,
+    )
+
+
+def engine_job(job: PreparedJob, num_threads: int | None) -> EngineJob:
+    """What the engines of a job are, and how rows become their requests.
+
+    Args:
+        job: The job.
+        num_threads: Threads to compute with on a CPU; None for torch's own number.
+    """
+    config = job.config
+    return EngineJob(
+        experts=job.experts,
+        base_place=job.base_place,
+        columns=job.columns,
+        prompt_template=config.prompt_template,
+        seed=config.seed,
+        cache_dir=config.cache_dir,
+        device=config.device,
+        dtype=config.dtype,
+        quantization=config.quantization,
+        num_threads=num_threads,
+        engine=config.engine,
+        batch_size=config.batch_size,
+        max_batch_tokens=config.max_batch_tokens,
+        kv_cache_bytes=config.kv_cache_bytes,
+        storage_options={
+            place: config.storage_options_of(place)
+            for place in (job.base_place, *(expert.package for expert in job.experts))
+        },
+    )
+
+
+def prepare_job(job: PreparedJob, load: Loader) -> PrepareJob:
+    """What each task is told that prepares rows for workers.
+
+    Args:
+        job: The job.
+        load: How it comes to what it prepares with.
+    """
+    return PrepareJob(
+        key=str(uuid.uuid4()),
+        engine=engine_job(job, num_threads=1),
+        part_format=job.part_format,
+        load=load.preparers,
+        progress_timeout=job.config.progress_timeout,
         openai=job.openai,
         kept=job.kept,
     )

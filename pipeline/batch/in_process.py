@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Iterator, Mapping
 
-from pipeline.batch.answering import Loader, load_engine
+from pipeline.batch.answering import EXPERTS, Loader
 from pipeline.batch.blocks import run_blocks
-from pipeline.batch.execute import RunCounts, Workers, worker_job
+from pipeline.batch.execute import RunCounts, Workers, prepare_job, worker_job
 from pipeline.batch.plan import PreparedJob
+from pipeline.batch.preparing import PrepareJob
 from pipeline.batch.progress import Phases, Progress
 from pipeline.batch.receipts import Receipt
 from pipeline.batch.run_record import RunRecorder
@@ -23,7 +24,7 @@ def execute_here(
     *,
     recorder: RunRecorder | None = None,
     is_resumed: bool = False,
-    load: Loader = load_engine,
+    load: Loader = EXPERTS,
 ) -> RunCounts:
     """Answer every shard that is not done yet; see `execute.execute`, whose place it takes in `drive`.
 
@@ -43,7 +44,8 @@ def execute_here(
         with phases.phase("start"):
             worker = ShardWorker(worker_job(job, workers, is_resumed=is_resumed, load=load))
         with phases.phase("run"):
-            for receipt, stats in _answered(worker, pending, job):
+            told = prepare_job(job, load) if job.config.prepare == "tasks" else None
+            for receipt, stats in _answered(worker, pending, job, told):
                 if recorder is not None:
                     recorder.add(receipt, stats)
                 progress.update(receipt, worker=stats.worker, seconds=stats.seconds)
@@ -55,7 +57,9 @@ def execute_here(
     return RunCounts(rows, tokens)
 
 
-def _answered(worker: ShardWorker, shards: list[Shard], job: PreparedJob) -> Iterator[tuple[Receipt, ShardStats]]:
-    for block in run_blocks(shards, job.config.storage_options, job.kept):
+def _answered(
+    worker: ShardWorker, shards: list[Shard], job: PreparedJob, prepare: PrepareJob | None
+) -> Iterator[tuple[Receipt, ShardStats]]:
+    for block in run_blocks(shards, job.config.storage_options, job.kept, prepare):
         answered = worker(block)
         yield Receipt.from_json(answered["receipt"][0].as_py()), ShardStats.from_json(answered["stats"][0].as_py())

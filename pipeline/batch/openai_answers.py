@@ -1,14 +1,14 @@
 """Answering the lines of OpenAI batch files: by the code that answers online, and in its words."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import pyarrow as pa
 
-from pipeline.batch.answering import UNNAMED, Asked, Builder
+from pipeline.batch.answering import UNNAMED, Asked, Builder, Preparer
 from pipeline.batch.openai_lines import LineIds, error_line, read_custom_id, read_request, result_line
+from pipeline.batch.prepared import PreparedRow, Refusal
 from pipeline.batch.rows import Row
 from pipeline.batch.shard_stats import ShardStats, line_stats
 from pipeline.engine.token_bytes import TokenBytes
@@ -76,6 +76,37 @@ class OpenAIRules:
         return name
 
 
+class LinePreparer:
+    """Finds out what lines ask: in a worker, or in a task beside it.
+
+    Args:
+        rules: Of the job.
+        preparers: Of the prompts of each expert, by the engine's name for it.
+        seed_of: The seed of a row that brings none, by its identity.
+    """
+
+    def __init__(self, rules: OpenAIRules, preparers: Mapping[str, Preparer], seed_of: Callable[[str], int]) -> None:
+        self._rules = rules
+        self._preparers = preparers
+        self._seed_of = seed_of
+
+    def prepare(self, row: Row) -> PreparedRow:
+        """What a line asks; a line that cannot be read asks nothing."""
+        if row.failure is not None:
+            return PreparedRow()
+        try:
+            custom_id = read_custom_id(row)
+            call = read_line_call(row)
+            expert = self._rules.expert(call)
+            if call.model == AUTO and expert in self._rules.routings:
+                call = replace(call, model=expert)  # the answer says who gave it
+            options = {"seed": self._seed_of(f"id:{custom_id}"), **call.options}
+            prompt = self._preparers[expert].prepare(**call.fields, options=options)
+        except ExpertError as error:
+            return PreparedRow(refusal=Refusal.of(error))
+        return PreparedRow(expert, prompt, call=replace(call, fields={}, options={}))
+
+
 class LineAnswers:
     """Answers lines by lines: a part is all lines of a shard, and the same rows give the same bytes.
 
@@ -95,33 +126,34 @@ class LineAnswers:
     ) -> None:
         self._rules = rules
         self._builders = builders
-        self._seed_of = seed_of
+        self._preparer = LinePreparer(rules, builders, seed_of)
         self._token_bytes = {name: TokenBytes(builder.tokenizer) for name, builder in builders.items()}
 
-    def ask(self, request_id: str, row: Row) -> Asked[bytes]:
+    def prepare(self, row: Row) -> PreparedRow:
+        """What a line asks; see `LinePreparer.prepare`."""
+        return self._preparer.prepare(row)
+
+    def ask(self, request_id: str, row: Row, prepared: PreparedRow) -> Asked[bytes]:
         """What the engine is asked for a line; nothing where the line is refused.
 
         Args:
             request_id: For the engine.
             row: From a line of a batch file.
+            prepared: What it asks.
 
         Its answer raises OutputError where the engine has lost one of several.
         """
         ids = LineIds.of(self._rules.fingerprint, row.identity)
         if row.failure is not None:
             return _refused(ids, None, coded_error(row.failure.code, row.failure.message, status=400))
-        custom_id: str | None = None
-        try:
-            custom_id = read_custom_id(row)
-            call = read_line_call(row)
-            expert = self._rules.expert(call)
-            if call.model == AUTO and expert in self._rules.routings:
-                call = replace(call, model=expert)  # the answer says who gave it
-            options = {"seed": self._seed_of(f"id:{custom_id}"), **call.options}
-            request = self._builders[expert].build(request_id, **call.fields, options=options)
-        except ExpertError as error:
-            return _refused(ids, custom_id, _told(error.code, error.message, error.hint))
-        return Asked(request, partial(self._line, _Line(ids, custom_id, call, expert, request)))
+        if prepared.refusal is not None:
+            refusal = prepared.refusal
+            return _refused(ids, _custom_id_of(row), _told(refusal.code, refusal.message, refusal.hint))
+        if prepared.prompt is None or prepared.call is None or prepared.expert is None:
+            raise TypeError(f"{row.identity} is prepared as no line is")
+        request = self._builders[prepared.expert].request(request_id, prepared.prompt)
+        line = _Line(ids, read_custom_id(row), prepared.call, prepared.expert, request)
+        return Asked(request, partial(self._line, line))
 
     def fail(self, row: Row, failure: Failure) -> bytes:
         """The line of a row that is given up.
@@ -130,11 +162,8 @@ class LineAnswers:
             row: From a line of a batch file.
             failure: Why.
         """
-        custom_id: str | None = None
-        with suppress(InvalidRequestError):
-            custom_id = read_custom_id(row)
         ids = LineIds.of(self._rules.fingerprint, row.identity)
-        return error_line(ids, custom_id, _told(failure.code, failure.message))
+        return error_line(ids, _custom_id_of(row), _told(failure.code, failure.message))
 
     def encode(self, answers: Sequence[bytes], table: pa.Table) -> bytes:  # noqa: ARG002 - lines do not repeat the rows
         """The part of a shard."""
@@ -171,6 +200,14 @@ class _Line:
     call: Call
     expert: str
     request: Request
+
+
+def _custom_id_of(row: Row) -> str | None:
+    """What a line's answer shall be known by; None where it does not say so."""
+    try:
+        return read_custom_id(row)
+    except InvalidRequestError:
+        return None
 
 
 def _refused(ids: LineIds, custom_id: str | None, error: HttpError) -> Asked[bytes]:

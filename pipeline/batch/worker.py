@@ -10,19 +10,20 @@ import pyarrow as pa
 import ray
 
 from pipeline.batch.answering import (
+    EXPERTS,
     Answering,
     EngineFailedError,
     EngineJob,
     LoadedEngine,
     Loader,
     engine_name,
-    load_engine,
     row_seed,
 )
 from pipeline.batch.commit import JobOutput
 from pipeline.batch.loads import LoadNotes
 from pipeline.batch.openai_answers import LineAnswers, OpenAIRules
 from pipeline.batch.parts import PartFormat
+from pipeline.batch.prepared import PreparedRow, read_prepared
 from pipeline.batch.receipts import Receipt
 from pipeline.batch.row_answers import RowAnswers
 from pipeline.batch.row_errors import mended_part, row_errors
@@ -57,7 +58,7 @@ class WorkerJob:
     part_format: PartFormat
     progress_timeout: float = 600.0
     is_resumed: bool = False
-    load: Loader = load_engine
+    load: Loader = EXPERTS
     openai: OpenAIRules | None = None
     kept: tuple[str, ...] | None = None
 
@@ -84,7 +85,7 @@ class ShardWorker:
             notes.begin()
             labels = [expert.label for expert in job.engine.experts]
             with span("expert.load", {"expert": ", ".join(labels)}):
-                self._answering = _answering(job, job.load(job.engine))
+                self._answering = _answering(job, job.load.engine(job.engine))
             notes.end()
         except ExpertError as error:
             self._failure = error
@@ -103,7 +104,9 @@ class ShardWorker:
         if self._failure is not None:
             raise self._failure
         receipts, stats = [], []
-        for text, rows in zip(block["shard"].to_pylist(), block["rows"].to_pylist(), strict=True):
+        for text, rows, prepared in zip(
+            *(block[name].to_pylist() for name in ("shard", "rows", "prepared")), strict=True
+        ):
             started = time.monotonic()
             shard = Shard.from_json(text)
             with pa.ipc.open_stream(rows) as reader:
@@ -111,7 +114,9 @@ class ShardWorker:
             with span(
                 "expert.shard", {"expert.shard.index": shard.index, "expert.shard.rows": table.num_rows}
             ) as traced:
-                receipt, told = self._answer(shard, table, started)
+                receipt, told = self._answer(
+                    shard, table, None if prepared is None else read_prepared(prepared), started
+                )
                 traced.set(
                     {
                         "gen_ai.usage.input_tokens": receipt.prompt_tokens,
@@ -123,7 +128,9 @@ class ShardWorker:
             stats.append(told.to_json())
         return pa.table({"receipt": receipts, "stats": stats})
 
-    def _answer(self, shard: Shard, table: pa.Table, started: float) -> tuple[Receipt, ShardStats]:
+    def _answer(
+        self, shard: Shard, table: pa.Table, prepared: Sequence[PreparedRow] | None, started: float
+    ) -> tuple[Receipt, ShardStats]:
         rows = list(iter_rows(shard, table, self._job.kept))
         form = self._job.part_format
         old_part = self._job.output.part_to_mend(shard.index)
@@ -132,14 +139,15 @@ class ShardWorker:
             errors = row_errors(old_part, form.kind, shard.index, prefix=form.prefix, id_column=None)
             wanted = [error.row for error in errors]
             rows, table = [rows[row] for row in wanted], table.take(pa.array(wanted, pa.int64()))
+            prepared = None if prepared is None else [prepared[row] for row in wanted]
         history = self._trials.history(shard.index)
         if history.is_suspect:
             with self._turns.alone():
-                answers = self._try_alone(shard.index, rows, history)
+                answers = self._try_alone(shard.index, rows, prepared, history)
         else:
             with self._turns.together():
                 self._trials.begin(shard.index, Range(0, len(rows)), history, is_alone=False)
-                answers = self._try(rows)
+                answers = self._try(rows, prepared)
         self._trials.end(shard.index)
         part = self._answering.form.encode(answers, table)
         if old_part is not None:
@@ -147,20 +155,22 @@ class ShardWorker:
         receipt = self._job.output.commit(shard.index, part)
         return receipt, self._answering.form.stats(rows, answers, time.monotonic() - started)
 
-    def _try(self, rows: Sequence[Row]) -> list[Any]:
+    def _try(self, rows: Sequence[Row], prepared: Sequence[PreparedRow] | None) -> list[Any]:
         try:
-            return self._answering.answer(rows)
+            return self._answering.answer(rows, prepared)
         except EngineFailedError as error:
             # Another process can go on; in this one, what the device or a native library has left behind is not known.
             end_process(str(error), self._trials.explain)
             raise
 
-    def _try_alone(self, shard: int, rows: Sequence[Row], history: History) -> list[Any]:
+    def _try_alone(
+        self, shard: int, rows: Sequence[Row], prepared: Sequence[PreparedRow] | None, history: History
+    ) -> list[Any]:
         plan = plan_trials(len(rows), history.deaths)
         answers: list[Any] = [None] * len(rows)
         for start, stop in plan.ranges:
             history = self._trials.begin(shard, Range(start, stop), history, is_alone=True)
-            answers[start:stop] = self._try(rows[start:stop])
+            answers[start:stop] = self._try(rows[start:stop], None if prepared is None else prepared[start:stop])
             self._trials.end(shard)
         for killer in plan.killers:
             answers[killer] = self._answering.form.fail(rows[killer], _killer(history))

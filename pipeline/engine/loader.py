@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from pipeline.engine.memory import page_out
 from pipeline.errors import AdapterError, BaseModelError, ConfigError, OutOfMemoryError, TokenizerError
 from pipeline.package import ExpertPackage
+from pipeline.package.base_model import TOKENIZER_FILES
 
 logger = logging.getLogger(__name__)
 
@@ -182,12 +183,7 @@ def load_base_model(path: Path, *, device: str | None = None, dtype: str | None 
             details=[*missing[:8], *([f"and {len(missing) - 8} more"] if len(missing) > 8 else [])],
             hint="Fetch the model again: a safetensors file is missing or is another model's.",
         )
-    context_length = getattr(config, "max_position_embeddings", None)
-    if not isinstance(context_length, int):
-        raise BaseModelError(
-            f"config.json in {path} does not say how long a context the model has",
-            hint="Add max_position_embeddings to it.",
-        )
+    context_length = _context_length(config, path)
     eos = model.generation_config.eos_token_id
     eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     # The checkpoint's generation settings (Qwen3's draw at temperature 0.6) are not the expert's.
@@ -195,6 +191,25 @@ def load_base_model(path: Path, *, device: str | None = None, dtype: str | None 
     model.eval().requires_grad_(False).to(chosen)
     logger.info("loaded %s on %s in %s", path.name, chosen, precision)
     return BaseModel(model, chosen, precision, frozenset(eos_ids), context_length)
+
+
+def read_context_length(path: Path) -> int:
+    """Tokens that a base model's context holds, from its directory alone.
+
+    Raises:
+        BaseModelError: The directory holds no model's configuration, or one that does not say it.
+    """
+    return _context_length(_read_config(path), path)
+
+
+def _context_length(config: Any, path: Path) -> int:
+    context_length = getattr(config, "max_position_embeddings", None)
+    if not isinstance(context_length, int):
+        raise BaseModelError(
+            f"config.json in {path} does not say how long a context the model has",
+            hint="Add max_position_embeddings to it.",
+        )
+    return context_length
 
 
 def merge_adapter(base: BaseModel, package: ExpertPackage) -> BaseModel:
@@ -310,6 +325,13 @@ def load_tokenizer(package: ExpertPackage | None, base_path: Path) -> Any:
         )
     tokenizer.model_max_length = sys.maxsize  # a prompt is held to the model's context; transformers would warn, too
     return tokenizer
+
+
+def tokenizer_key(package: ExpertPackage) -> tuple[str, ...]:
+    """What two packages have in common whose tokenizers are the same; empty for the base model's."""
+    if package.tokenizer_dir is None:
+        return ()
+    return tuple(sorted(f"{file.path}:{file.sha256}" for file in package.files if file.path in TOKENIZER_FILES))
 
 
 def _load_weights(adapted: Any, package: ExpertPackage) -> None:

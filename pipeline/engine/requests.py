@@ -1,11 +1,13 @@
 """From what a caller gives to a `Request`: defaults from the manifest, limits, and the error of a row.
 
+The long part, preparing, any process can do; the rest takes what only the engine knows, the ids of soft prompts.
+
 Batch and online both come through here, so that a limit or a default mended on one path is mended on the other.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.engine import grammar as grammars
@@ -20,23 +22,39 @@ CONSTRAINTS = ("use_grammar", *GRAMMAR_KINDS)  # options of which one is given
 OPTION_NAMES = (*SamplingParams.option_names(), *CONSTRAINTS, "truncate", "soft_prompt")
 
 
-class RequestBuilder:
-    """Builds the requests of one expert.
+@dataclass(frozen=True)
+class PreparedPrompt:
+    """One prompt, checked, templated and tokenised: what of a `Request` any process can make, without an engine.
+
+    Args:
+        token_ids: The prompt, without its soft prompt.
+        params, grammar: As of the request.
+        prefix_length: How many of the first tokens other prompts are likely to share.
+        soft_prompt: The name of the soft prompt before it; None for none.
+    """
+
+    token_ids: tuple[int, ...]
+    params: SamplingParams
+    grammar: Grammar | None = None
+    prefix_length: int = 0
+    soft_prompt: str | None = None
+
+
+class PromptPreparer:
+    """Prepares the prompts of one expert, in any process: it needs the tokenizer and the manifest, and no weights.
 
     Args:
         package: The expert; its manifest gives the defaults.
         tokenizer: Its tokenizer, with a chat template.
         context_length: At most this many tokens, prompt and answer together.
-        options: Options that go before the manifest's, for every request: any of `OPTION_NAMES`; None leaves a default.
-        expert_name: The name under which the engine holds the expert's adapter; None where it is merged.
-        soft_prompts: The ids that the engine has given to the positions of each soft prompt, by its name.
+        options: Options that go before the manifest's, for every prompt: any of `OPTION_NAMES`; None leaves a default.
 
     Raises:
         InvalidRequestError: An option is unknown or has a wrong value.
         GrammarError: `use_grammar` is asked for and the package has no grammar; or one that is given is too large.
         MissingDependencyError: A grammar is asked for, and xgrammar is not installed.
 
-    `grammar` is what requests are held to that do not choose themselves.
+    `grammar` is what prompts are held to that do not choose themselves.
     """
 
     def __init__(
@@ -45,15 +63,11 @@ class RequestBuilder:
         tokenizer: Any,
         context_length: int,
         options: Mapping[str, Any] | None = None,
-        *,
-        expert_name: str | None = None,
-        soft_prompts: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         self._package = package
         self._tokenizer = tokenizer
         self._context_length = context_length
-        self._expert_name = expert_name
-        self._soft_prompts = dict(soft_prompts or {})
+        self._soft_lengths = {prompt.name: prompt.tokens for prompt in package.manifest.soft_prompts}
         self._soft_prompt = (options or {}).get("soft_prompt")
         self._dialect = default_dialect(package.manifest.capabilities)
         self._encoder = ChatEncoder(tokenizer)
@@ -70,9 +84,8 @@ class RequestBuilder:
         """Tokens that the model's context holds, prompt and answer together."""
         return self._context_length
 
-    def build(
+    def prepare(
         self,
-        request_id: str,
         *,
         prompt: Any = None,
         messages: Any = None,
@@ -80,11 +93,10 @@ class RequestBuilder:
         dialect: str | None = None,
         system: Any = None,
         options: Mapping[str, Any] | None = None,
-    ) -> Request:
+    ) -> PreparedPrompt:
         """Check, template and tokenise one row.
 
         Args:
-            request_id: Unique among the requests answered together.
             prompt, messages, schema, dialect, system: See `pipeline.engine.chat.build_messages`.
             options: Overrides of this row: any of `OPTION_NAMES`; None leaves the default. With `truncate`, `"left"` or
                 `"right"`, a prompt that is too long loses the oldest or the newest tokens of its longest text, so that
@@ -102,8 +114,8 @@ class RequestBuilder:
         params = override_params(self._params, options) if options else self._params
         chosen = choose_grammar(self._package, options) if _chooses(options) else self.grammar
         side = _side(options.get("truncate")) or self._truncate
-        soft = self._choose_soft_prompt(options.get("soft_prompt") or self._soft_prompt)
-        context_length = self._context_length - len(soft)
+        soft_prompt = self._choose_soft_prompt(options.get("soft_prompt") or self._soft_prompt)
+        context_length = self._context_length - (0 if soft_prompt is None else self._soft_lengths[soft_prompt])
         token_ids, prefix_length = self._encoder.encode(conversation)
         if side is not None:
             room = context_length - min(params.max_tokens, context_length // 2)
@@ -118,23 +130,77 @@ class RequestBuilder:
             )
         if params.max_tokens > room:
             params = replace(params, max_tokens=room, min_tokens=min(params.min_tokens, room))
-        return Request(request_id, soft + token_ids, params, chosen, self._expert_name, len(soft) + prefix_length)
+        return PreparedPrompt(token_ids, params, chosen, prefix_length, soft_prompt)
 
-    def _choose_soft_prompt(self, name: Any) -> tuple[int, ...]:
-        """The positions before the prompt: of the soft prompt named, or of the only one."""
+    def _choose_soft_prompt(self, name: Any) -> str | None:
+        """The soft prompt that stands before a prompt: the one named, or the only one."""
         if name is None:
-            if len(self._soft_prompts) > 1:
+            if len(self._soft_lengths) > 1:
                 raise InvalidRequestError(
-                    f"{self._package.label} has {len(self._soft_prompts)} soft prompts, and none is chosen",
-                    hint=f"Set soft_prompt to one of {', '.join(sorted(self._soft_prompts))}.",
+                    f"{self._package.label} has {len(self._soft_lengths)} soft prompts, and none is chosen",
+                    hint=f"Set soft_prompt to one of {', '.join(sorted(self._soft_lengths))}.",
                 )
-            return next(iter(self._soft_prompts.values()), ())
-        if name not in self._soft_prompts:
+            return next(iter(self._soft_lengths), None)
+        if name not in self._soft_lengths:
             raise InvalidRequestError(
                 f"{self._package.label} has no soft prompt {name!r}",
-                hint=f"It has: {', '.join(sorted(self._soft_prompts)) or 'none'}.",
+                hint=f"It has: {', '.join(sorted(self._soft_lengths)) or 'none'}.",
             )
-        return self._soft_prompts[name]
+        return str(name)
+
+
+class RequestBuilder(PromptPreparer):
+    """Builds the requests of one expert on an engine.
+
+    Args:
+        package, tokenizer, context_length, options: As for `PromptPreparer`, and what it raises.
+        expert_name: The name under which the engine holds the expert's adapter; None where it is merged.
+        soft_prompts: The ids that the engine has given to the positions of each soft prompt of the package, by its
+            name.
+    """
+
+    def __init__(
+        self,
+        package: ExpertPackage,
+        tokenizer: Any,
+        context_length: int,
+        options: Mapping[str, Any] | None = None,
+        *,
+        expert_name: str | None = None,
+        soft_prompts: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> None:
+        super().__init__(package, tokenizer, context_length, options)
+        self._expert_name = expert_name
+        self._soft_prompts = dict(soft_prompts or {})
+
+    def request(self, request_id: str, prepared: PreparedPrompt) -> Request:
+        """The request of a prompt that this expert's `PromptPreparer` has prepared, here or in another process.
+
+        Args:
+            request_id: Unique among the requests answered together.
+            prepared: The prompt.
+        """
+        soft = () if prepared.soft_prompt is None else self._soft_prompts[prepared.soft_prompt]
+        return Request(
+            request_id,
+            soft + prepared.token_ids,
+            prepared.params,
+            prepared.grammar,
+            self._expert_name,
+            len(soft) + prepared.prefix_length,
+        )
+
+    def build(self, request_id: str, **asked: Any) -> Request:
+        """Check, template and tokenise one row, as `prepare` does, for the engine.
+
+        Args:
+            request_id: Unique among the requests answered together.
+            asked: See `PromptPreparer.prepare`.
+
+        Raises:
+            As `PromptPreparer.prepare`.
+        """
+        return self.request(request_id, self.prepare(**asked))
 
 
 def request_defaults(package: ExpertPackage, options: Mapping[str, Any]) -> tuple[SamplingParams, Grammar | None]:
@@ -142,10 +208,10 @@ def request_defaults(package: ExpertPackage, options: Mapping[str, Any]) -> tupl
 
     Args:
         package: Its manifest gives the defaults.
-        options: Options that go before them; see `RequestBuilder`.
+        options: Options that go before them; see `PromptPreparer`.
 
     Raises:
-        As `RequestBuilder`.
+        As `PromptPreparer`.
     """
     params = override_params(manifest_params(package), options)
     _side(options.get("truncate"))

@@ -7,13 +7,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from pipeline.engine.adapters import AdapterBank, AdapterInfo
-from pipeline.engine.loader import load_tokenizer
+from pipeline.engine.loader import load_tokenizer, tokenizer_key
 from pipeline.engine.packed import PackedEngine
 from pipeline.engine.requests import RequestBuilder
 from pipeline.engine.soft_prompts import load_soft_prompts
 from pipeline.errors import AdapterError, InferenceError, OverloadedError, TokenizerError, UnknownModelError
 from pipeline.package import ExpertPackage
-from pipeline.package.base_model import TOKENIZER_FILES
 
 ROOM_SECONDS = 60.0
 _LOOK_SECONDS = 0.05  # sequences give an adapter back without a word to us
@@ -200,7 +199,7 @@ class ResidentExperts:
 
     def _tokenizer(self, package: ExpertPackage) -> Any:
         """The package's tokenizer; packages with the same files share one."""
-        key = _tokenizer_key(package)
+        key = tokenizer_key(package)
         if package.tokenizer_dir is not None and key not in self._tokenizers:
             tokenizer = load_tokenizer(package, package.tokenizer_dir)
             if tokenizer.get_vocab() != self.engine.tokenizer.get_vocab():
@@ -210,10 +209,3 @@ class ResidentExperts:
                 )
             self._tokenizers[key] = tokenizer
         return self._tokenizers[key]
-
-
-def _tokenizer_key(package: ExpertPackage) -> tuple[str, ...]:
-    """What two packages have in common whose tokenizers are the same; empty for the base model's."""
-    if package.tokenizer_dir is None:
-        return ()
-    return tuple(sorted(f"{file.path}:{file.sha256}" for file in package.files if file.path in TOKENIZER_FILES))

@@ -1,8 +1,9 @@
 """The small records that flow through an engine."""
 
 from collections.abc import Iterable, Iterator
+from copy import copy
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 from pipeline.engine.stats import EngineStats
 from pipeline.errors import InvalidRequestError
@@ -79,6 +80,17 @@ class SamplingParams:
     def option_names(cls) -> tuple[str, ...]:
         """The names of all options, in order."""
         return tuple(option.name for option in fields(cls))
+
+    def with_seed(self, seed: int) -> Self:
+        """The same parameters with another seed; several times faster than checking all of them again.
+
+        Raises:
+            InvalidRequestError: It is no whole number below 2**64.
+        """
+        _whole("seed", seed, 0, (1 << 64) - 1)
+        params = copy(self)
+        object.__setattr__(params, "seed", seed)
+        return params
 
 
 @dataclass(frozen=True)

@@ -19,16 +19,16 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.batch.answering import EngineJob, LoadedEngine
+from pipeline.batch.answering import EngineJob, LoadedEngine, Loader
 from pipeline.batch.config import BatchConfig
 from pipeline.batch.drive import drive
-from pipeline.batch.echo import EchoBuilder, EchoEngine, load_echo
+from pipeline.batch.echo import ECHO, EchoBuilder, EchoEngine
 from pipeline.batch.in_process import execute_here
 from pipeline.batch.lease import hold
 from pipeline.batch.plan import PreparedJob, open_experts, prepare
 from pipeline.batch.progress import Phases, Progress
 from pipeline.batch.run_record import RunRecorder
-from pipeline.engine.types import Request
+from pipeline.engine.requests import PreparedPrompt
 from pipeline.errors import InvalidRequestError
 
 Moment = Literal["before", "within"]
@@ -157,7 +157,7 @@ def drive_here(job: PreparedJob, *, mended: bool) -> None:
     """Drive a job in this process; see `Drivers.run`."""
     phases = Phases()
     recorder = RunRecorder(phases)
-    execute = partial(execute_here, load=load_echo if mended else load_failing)
+    execute = partial(execute_here, load=ECHO if mended else load_failing)
     with hold(job.output.storage, seconds=job.config.lease_seconds) as lease, recorder.recording(job.output.storage):
         drive(job, lease, Progress(enabled=False), phases, recorder, execute=execute)
 
@@ -165,16 +165,23 @@ def drive_here(job: PreparedJob, *, mended: bool) -> None:
 class FailingBuilder(EchoBuilder):
     """Refuses prompts that begin with `fail`."""
 
-    def build(self, request_id: str, **fields: Any) -> Request:
-        """A request for a prompt."""
+    def prepare(self, **fields: Any) -> PreparedPrompt:
+        """What a prompt asks."""
         if str(fields["prompt"]).startswith("fail"):
             raise InvalidRequestError("not today", hint="Ask again tomorrow.")
-        return super().build(request_id, **fields)
+        return super().prepare(**fields)
 
 
-def load_failing(job: EngineJob) -> LoadedEngine:
-    """A loader whose builder is `FailingBuilder`."""
-    return LoadedEngine(EchoEngine(), {expert.name: FailingBuilder(expert.name) for expert in job.experts})
+def _failing_builders(job: EngineJob) -> dict[str | None, FailingBuilder]:
+    return {expert.name: FailingBuilder(expert.name) for expert in job.experts}
+
+
+def _failing_engine(job: EngineJob) -> LoadedEngine:
+    return LoadedEngine(EchoEngine(), _failing_builders(job))
+
+
+load_failing = Loader(_failing_engine, _failing_builders)
+"""A loader whose builder is `FailingBuilder`."""
 
 
 def labels(steps: Sequence[str]) -> list[str]:

@@ -5,14 +5,18 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
-from pipeline.batch.answering import EngineJob, LoadedEngine
+from pipeline.batch.answering import EngineJob, LoadedEngine, Loader, Preparer
+from pipeline.engine.requests import PreparedPrompt
 from pipeline.engine.stats import EngineStats
 from pipeline.engine.types import Completion, Request, SamplingParams
 from pipeline.errors import InvalidRequestError
 
 KILL, RAISE, HANG = "kill", "raise", "hang"
+KILL_EARLY = "kill early"
+"""Ends whoever prepares it."""
 
 
 class ScriptedTokenizer:
@@ -30,13 +34,19 @@ class ScriptedBuilder:
     def __init__(self, expert: str | None = None) -> None:
         self._expert = expert
 
-    def build(self, request_id: str, *, options: Mapping[str, Any] | None = None, **fields: Any) -> Request:
-        """A request for a prompt."""
+    def prepare(self, *, options: Mapping[str, Any] | None = None, **fields: Any) -> PreparedPrompt:
+        """What a prompt asks."""
         prompt = fields["prompt"]
+        if prompt == KILL_EARLY:
+            os.kill(os.getpid(), signal.SIGKILL)
         if not isinstance(prompt, str):
             raise InvalidRequestError("prompt is no text", hint="Give text.")
         params = SamplingParams(seed=(options or {}).get("seed", 0))
-        return Request(request_id, tuple(prompt.encode()), params, expert=self._expert)
+        return PreparedPrompt(tuple(prompt.encode()), params)
+
+    def request(self, request_id: str, prepared: PreparedPrompt) -> Request:
+        """The request of a prompt."""
+        return Request(request_id, prepared.token_ids, prepared.params, expert=self._expert)
 
 
 class ScriptedEngine:
@@ -94,20 +104,15 @@ def _prompt(request: Request) -> str:
     return bytes(request.prompt_token_ids).decode()
 
 
-def _loaded(engine: ScriptedEngine, job: EngineJob) -> LoadedEngine:
-    return LoadedEngine(engine, {expert.name: ScriptedBuilder(expert.name) for expert in job.experts})
+def scripted_preparers(job: EngineJob) -> Mapping[str | None, Preparer]:
+    """What prepares rows for all of them."""
+    return {expert.name: ScriptedBuilder(expert.name) for expert in job.experts}
 
 
-def load_scripted(job: EngineJob) -> LoadedEngine:
-    """A loader of `ScriptedEngine`."""
-    return _loaded(ScriptedEngine(), job)
+def _loaded(kind: type[ScriptedEngine], job: EngineJob) -> LoadedEngine:
+    return LoadedEngine(kind(), {expert.name: ScriptedBuilder(expert.name) for expert in job.experts})
 
 
-def load_deadly(job: EngineJob) -> LoadedEngine:
-    """A loader of `DeadlyEngine`."""
-    return _loaded(DeadlyEngine(), job)
-
-
-def load_meeting(job: EngineJob) -> LoadedEngine:
-    """A loader of `MeetingEngine`."""
-    return _loaded(MeetingEngine(), job)
+load_scripted = Loader(partial(_loaded, ScriptedEngine), scripted_preparers)
+load_deadly = Loader(partial(_loaded, DeadlyEngine), scripted_preparers)
+load_meeting = Loader(partial(_loaded, MeetingEngine), scripted_preparers)

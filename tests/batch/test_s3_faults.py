@@ -16,7 +16,7 @@ from pipeline import demo
 from pipeline.batch.answering import Loader
 from pipeline.batch.config import BatchConfig
 from pipeline.batch.drive import drive
-from pipeline.batch.echo import load_echo
+from pipeline.batch.echo import ECHO
 from pipeline.batch.in_process import execute_here
 from pipeline.batch.lease import acquire
 from pipeline.batch.plan import OpenExperts, open_experts, prepare
@@ -157,8 +157,8 @@ def test_rows_with_errors_are_answered_again_on_s3_whatever_dies(server: FaultyS
     for operation in (24, 32, 40):
         mortal = partial(MortalStorage, operation=operation, moment="after")
         with pytest.raises(CrashError):
-            run(config(server, "retried", retry_errors=True), opened, load_echo, wrap=mortal)
-    manifest = run(config(server, "retried", retry_errors=True), opened, load_echo)
+            run(config(server, "retried", retry_errors=True), opened, ECHO, wrap=mortal)
+    manifest = run(config(server, "retried", retry_errors=True), opened, ECHO)
     assert manifest["errors"] == 0
     found = verify(storage_of(server, "retried"))
     assert (found.problems, found.rows, found.errors) == ((), len(PROMPTS), 0)

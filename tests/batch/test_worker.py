@@ -35,6 +35,7 @@ from tests.batch.scripted import (
     ScriptedEngine,
     load_deadly,
     load_scripted,
+    scripted_preparers,
 )
 
 MOST_LIVES = 10
@@ -181,7 +182,7 @@ def test_shards_meet_in_the_engine(tmp_path: Path) -> None:
     job = make_job(
         tmp_path,
         {"prompt": [f"row {number}" for number in range(80)]},
-        load=lambda _: LoadedEngine(engine, {None: ScriptedBuilder()}),
+        load=Loader(lambda _: LoadedEngine(engine, {None: ScriptedBuilder()}), scripted_preparers),
     )
     worker = ShardWorker(job.told)
     receipts: list[Receipt] = []
@@ -208,7 +209,9 @@ def answer(
         columns,
         names=names,
         prefix="our_",
-        load=lambda _: LoadedEngine(engine, {name: ScriptedBuilder(name) for name in names}),
+        load=Loader(
+            lambda _: LoadedEngine(engine, {name: ScriptedBuilder(name) for name in names}), scripted_preparers
+        ),
     )
     _live(job.told, job.blocks())
     return job.rows(0), engine
