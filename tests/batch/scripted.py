@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -47,6 +48,15 @@ class ScriptedBuilder:
     def request(self, request_id: str, prepared: PreparedPrompt) -> Request:
         """The request of a prompt."""
         return Request(request_id, prepared.token_ids, prepared.params, expert=self._expert)
+
+
+class MarkingBuilder(ScriptedBuilder):
+    """Puts a star after each prompt that it prepares."""
+
+    def prepare(self, *, options: Mapping[str, Any] | None = None, **fields: Any) -> PreparedPrompt:
+        """What a prompt asks."""
+        prepared = super().prepare(options=options, **fields)
+        return replace(prepared, token_ids=(*prepared.token_ids, *b"*"))
 
 
 class ScriptedEngine:
@@ -109,10 +119,16 @@ def scripted_preparers(job: EngineJob) -> Mapping[str | None, Preparer]:
     return {expert.name: ScriptedBuilder(expert.name) for expert in job.experts}
 
 
+def _load_marking(job: EngineJob) -> LoadedEngine:
+    """An engine whose rows tell by a star that its process prepared them."""
+    return LoadedEngine(ScriptedEngine(), {expert.name: MarkingBuilder(expert.name) for expert in job.experts})
+
+
 def _loaded(kind: type[ScriptedEngine], job: EngineJob) -> LoadedEngine:
     return LoadedEngine(kind(), {expert.name: ScriptedBuilder(expert.name) for expert in job.experts})
 
 
 load_scripted = Loader(partial(_loaded, ScriptedEngine), scripted_preparers)
 load_deadly = Loader(partial(_loaded, DeadlyEngine), scripted_preparers)
+load_marking = Loader(_load_marking, scripted_preparers)
 load_meeting = Loader(partial(_loaded, MeetingEngine), scripted_preparers)

@@ -8,7 +8,7 @@ import pytest
 from pipeline.batch.answering import row_seed
 from pipeline.batch.cluster import Cluster
 from pipeline.batch.config import BatchConfig
-from pipeline.batch.execute import Workers, plan_workers
+from pipeline.batch.execute import Reading, Workers, plan_reading, plan_workers
 from pipeline.errors import ConfigError
 
 LAPTOP = Cluster(num_cpus=8, num_gpus=0, is_local=True)
@@ -54,6 +54,35 @@ def test_workers_that_can_never_start_are_refused(options: dict[str, Any], lacki
     with pytest.raises(ConfigError) as caught:
         plan_workers(config(**options), LAPTOP, 100)
     assert lacking in caught.value.details
+
+
+@pytest.mark.parametrize(
+    ("cluster", "options", "reading"),
+    [
+        (LAPTOP, {}, Reading(2, prepares=False)),
+        (LAPTOP, {"num_workers": 4}, Reading(8, prepares=False)),
+        (LAPTOP, {"prepare": "tasks"}, Reading(4, prepares=True)),
+        (LAPTOP, {"prepare": "tasks", "num_workers": 6}, Reading(2, prepares=True)),  # the cores that are left
+        (LAPTOP, {"prepare": "tasks", "num_workers": 8}, Reading(1, prepares=True)),
+        (LAPTOP, {"prepare": "tasks", "num_workers": 7, "num_cpus": 0.9}, Reading(1, prepares=True)),
+        (GPU_BOX, {}, Reading(16, prepares=True)),
+        (GPU_BOX, {"num_cpus": 7}, Reading(4, prepares=True)),
+        (GPU_BOX, {"prepare": "worker"}, Reading(8, prepares=False)),
+        (GPU_BOX, {"device": "cpu"}, Reading(2, prepares=False)),
+        (Cluster(4, 0, is_local=False), {"num_workers": 16, "num_gpus": 1}, Reading(32, prepares=True)),  # it will grow
+    ],
+)
+def test_tasks_prepare_for_gpus_on_the_cores_that_workers_leave(
+    cluster: Cluster, options: dict[str, Any], reading: Reading
+) -> None:
+    job = config(**options)
+    assert plan_reading(job, cluster, plan_workers(job, cluster, 100)) == reading
+
+
+def test_a_round_that_mends_parts_is_prepared_where_its_rows_are_found() -> None:
+    for options, prepares in (({}, False), ({"prepare": "tasks"}, True)):
+        job = config(**options)
+        assert plan_reading(job, GPU_BOX, plan_workers(job, GPU_BOX, 100), is_mending=True).prepares is prepares
 
 
 def test_there_are_no_more_workers_than_shards() -> None:

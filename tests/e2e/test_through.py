@@ -6,6 +6,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from pipeline import demo, run_batch
 from pipeline.batch.answering import EngineJob, JobExpert, Loader, load_engine
@@ -18,7 +19,7 @@ from pipeline.demo.questions import draw_questions
 from pipeline.engine.types import Completion, Request
 from pipeline.errors import ConfigError, DatasetError, TooManyErrorsError
 from pipeline.package import open_package
-from tests.batch.scripted import KILL, load_deadly, load_meeting, load_scripted
+from tests.batch.scripted import KILL, KILL_EARLY, load_deadly, load_marking, load_meeting, load_scripted
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -61,6 +62,24 @@ def test_a_row_that_kills_its_worker_is_an_error_row_and_the_job_ends(tmp_path: 
         f":{prompt.upper()}" for prompt in prompts if prompt != KILL
     ]
     assert not (tmp_path / "job" / "out" / "_attempts").exists()
+
+
+@pytest.mark.timeout(240)
+def test_tasks_prepare_beside_workers_that_hold_every_core_and_a_row_that_kills_them_is_an_error_row(
+    tmp_path: Path,
+) -> None:
+    prompts: list[Any] = [f"row {number}" for number in range(40)]
+    prompts[7] = None
+    num_cpus = ray.cluster_resources()["CPU"]
+    rows = run_scripted(
+        tmp_path / "job", [*prompts, KILL_EARLY], load_marking, prepare="tasks", num_cpus=num_cpus, num_workers=1
+    )
+    errors = [(at, row["error"]["code"]) for at, row in enumerate(rows) if row["error"]]
+    assert errors == [(7, "invalid_request"), (40, "row_kills_worker")]
+    # The worker would have put a star after what it prepared.
+    assert [row["text"] for row in rows[:40]] == [
+        None if prompt is None else f":{prompt.upper()}" for prompt in prompts
+    ]
 
 
 def test_a_job_that_is_plainly_wrong_stops_and_can_be_continued(tmp_path: Path) -> None:
@@ -106,12 +125,11 @@ def test_no_expert_answers_as_the_base_model_does() -> None:
         experts.append(JobExpert(task, str(place), package.digest, package.label, {}))
     columns = resolve_columns(ColumnsConfig(expert="task"), ("prompt", "schema", "task"))
     loaded = load_engine(EngineJob(tuple(experts), str(demo.BASE_MODEL), columns, device="cpu", dtype="float32"))
-    asked = [
-        loaded.builders[row["task"]].build(
-            f"{at}", prompt=row["prompt"], schema=row["schema"], options={"use_grammar": False}
-        )
-        for at, row in enumerate(questions(5))
-    ]
+    asked = []
+    for at, row in enumerate(questions(5)):
+        builder = loaded.builders[row["task"]]
+        prepared = builder.prepare(prompt=row["prompt"], schema=row["schema"], options={"use_grammar": False})
+        asked.append(builder.request(f"{at}", prepared))
     base = [Request(one.id, one.prompt_token_ids, one.params) for one in asked]
 
     def texts(requests: list[Request]) -> dict[str, str]:

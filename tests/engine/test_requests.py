@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from pipeline.engine import LoadedExpert, load_expert
+from pipeline.engine.preparing import load_preparers
 from pipeline.engine.requests import RequestBuilder, override_options, request_defaults
 from pipeline.engine.types import Grammar
 from pipeline.errors import AdapterError, GrammarError, InvalidRequestError, PromptTooLongError
@@ -88,6 +89,33 @@ def test_soft_prompts_are_not_silently_left_out(base: Path, tmp_path: Path) -> N
     (source / "style.pt").write_bytes(b"x")
     with pytest.raises(AdapterError, match=r"style\.pt"):
         load_expert(open_package(pack(source, tmp_path, manifest=manifest)), base)
+
+
+def test_what_is_prepared_without_an_engine_is_what_an_engine_is_asked(base: Path, tmp_path: Path) -> None:
+    _, _ = tiny.make_package("lora", base, tmp_path)
+    source = tmp_path / "lora"
+    manifest = json.loads((source / "manifest.json").read_text())
+    manifest["soft_prompts"] = [
+        {"name": name, "path": f"{name}.safetensors", "tokens": tokens} for name, tokens in (("style", 4), ("tone", 2))
+    ]
+    for name, tokens in (("style", 4), ("tone", 2)):
+        save_file({"prompt": torch.full((tokens, 64), float(tokens))}, source / f"{name}.safetensors")
+    package = open_package(pack(source, tmp_path, manifest=manifest))
+    options = {"temperature": 0.5, "soft_prompt": "tone"}
+    expert = load_expert(package, base, dtype="float32", options=options)
+    expert.engine.close()
+    preparer = load_preparers({"it": package}, base, {"it": options})["it"]
+    for asked in (
+        {"prompt": "How many?"},
+        {"prompt": "How many?", "options": {"soft_prompt": "style", "seed": 7}},
+        {"prompt": "How many?", "schema": "a", "options": {"regex": "a"}},
+        {"prompt": "users " * 80, "options": {"truncate": "left", "soft_prompt": "style"}},
+    ):
+        wanted = expert.requests.build("a", **asked)
+        assert expert.requests.request("a", preparer.prepare(**asked)) == wanted
+        assert len(wanted.prompt_token_ids) + wanted.params.max_tokens <= CONTEXT
+    with pytest.raises(PromptTooLongError, match="holds 62"):
+        preparer.prepare(prompt="users " * 80)
 
 
 def test_a_packages_soft_prompt_stands_before_the_prompt(base: Path, tmp_path: Path) -> None:
