@@ -189,7 +189,8 @@ def load_preparers(job: EngineJob) -> Mapping[str | None, Preparer]:
     """
     from pipeline.engine.preparing import load_preparers
 
-    base_path = local_base_model(job.base_place, job.cache_dir, job.storage_options.get(job.base_place))
+    options = job.storage_options.get(job.base_place)
+    base_path = local_base_model(job.base_place, job.cache_dir, options, weights=False)
     packages = {expert.name: _open(expert, job) for expert in job.experts}
     return load_preparers(packages, base_path, {expert.name: expert.options for expert in job.experts})
 

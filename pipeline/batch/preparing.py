@@ -10,7 +10,7 @@ therefore prepares nothing: the worker does, and its trials (`trials.py`) find t
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, lru_cache, partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import pyarrow as pa
 import ray
@@ -86,7 +86,8 @@ def is_second_try() -> bool:
         return False
     from ray._private.worker import global_worker
 
-    return int(global_worker.core_worker.get_current_task_attempt_number()) > 0
+    core: Any = global_worker.core_worker  # type: ignore[attr-defined]  # Ray does not annotate it
+    return int(core.get_current_task_attempt_number()) > 0
 
 
 @lru_cache(maxsize=MAX_LOADED)

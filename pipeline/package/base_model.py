@@ -26,6 +26,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "added_tokens.json",
 )
+WEIGHTS_SUFFIX = ".safetensors"
 _DIGESTED = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 _DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
@@ -115,7 +116,11 @@ def find_base_model(
 
 
 def local_base_model(
-    place: str, cache_dir: str | None = None, storage_options: Mapping[str, Any] | None = None
+    place: str,
+    cache_dir: str | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    *,
+    weights: bool = True,
 ) -> Path:
     """The directory on this machine of what `find_base_model` found on another.
 
@@ -123,6 +128,7 @@ def local_base_model(
         place: Its `place`.
         cache_dir: Where a staged one is copied to, once.
         storage_options: Passed to its file system.
+        weights: Whether they are needed; without them a staged one is brought sooner.
 
     Raises:
         LoadError: It is staged, and cannot be brought here.
@@ -131,7 +137,9 @@ def local_base_model(
     if reference is None:
         return Path(place)
     cache = default_cache_dir() if cache_dir is None else Path(cache_dir)
-    return localise(reference, cache, storage_options=storage_options).root
+    return localise(
+        reference, cache, storage_options=storage_options, without=() if weights else (WEIGHTS_SUFFIX,)
+    ).root
 
 
 def _candidates(

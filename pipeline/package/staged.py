@@ -6,6 +6,7 @@
 <store>/versions/<name>/<version>/<digest>   empty: which versions of an expert there are
 """
 
+import hashlib
 import json
 import os
 import re
@@ -119,10 +120,11 @@ def localise(
     storage_options: Mapping[str, Any] | None = None,
     limits: ArchiveLimits | None = None,
     check: Check = accept,
+    without: tuple[str, ...] = (),
 ) -> CacheEntry:
     """Bring what is staged to this machine, once: the first process copies it, the others wait for it.
 
-    Every file is compared with its checksum, and all of them with the digest.
+    Every file is compared with its checksum, and all of them with the digest, by the marker's list.
 
     Args:
         reference: What.
@@ -130,6 +132,7 @@ def localise(
         storage_options: Of the store's file system.
         limits: What a package may hold.
         check: Looks at it before it is kept.
+        without: Files whose names end so are not brought, where the whole is not here already.
 
     Raises:
         IntegrityError: What the store holds differs from the digest, read after read.
@@ -155,13 +158,17 @@ def localise(
             )
         bounds = limits if limits is not None and reference.kind == "packages" else _MODEL_LIMITS
         _check_names(marker.files, bounds, reference)
-        for record in marker.files:
+        files = tuple(record for record in marker.files if not (without and record.path.endswith(without)))
+        for record in files:
             target = root / record.path
             target.parent.mkdir(parents=True, exist_ok=True)
             _fetch(storage, record, target, reference)
-        return marker.files
+        return files
 
-    return cached(cache_dir, reference.kind, reference.digest, fill, check)
+    key = reference.digest
+    if without:
+        key = hashlib.sha256("\n".join((key, *without)).encode()).hexdigest()
+    return cached(cache_dir, reference.kind, key, fill, check)
 
 
 def _check_names(files: tuple[FileRecord, ...], limits: ArchiveLimits, reference: Reference) -> None:

@@ -1,6 +1,8 @@
 """Rows prepared beside the worker, and by it: the same parts, byte for byte, whatever the rows are."""
 
 import json
+import multiprocessing
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -13,15 +15,17 @@ import pytest
 
 from pipeline import demo
 from pipeline.batch.answering import Builder, EngineJob, LoadedEngine, Loader, load_engine, load_preparers
+from pipeline.batch.blocks import run_blocks
 from pipeline.batch.config import BatchConfig
 from pipeline.batch.drive import drive
 from pipeline.batch.echo import ECHO
-from pipeline.batch.execute import engine_job
+from pipeline.batch.execute import engine_job, prepare_job
 from pipeline.batch.in_process import execute_here
 from pipeline.batch.lease import hold
 from pipeline.batch.plan import PreparedJob, open_experts, prepare
 from pipeline.batch.progress import Phases, Progress
 from pipeline.batch.run_record import RunRecorder
+from pipeline.batch.watchdog import EXIT_STALLED
 from pipeline.engine.requests import PreparedPrompt
 from pipeline.engine.types import Request
 from pipeline.errors import ExpertError, IntegrityError
@@ -201,6 +205,35 @@ def test_who_prepares_is_no_part_of_what_a_job_is(tmp_path: Path) -> None:
     before = part.stat()
     run(tmp_path, "out", ECHO, prepare="tasks", **options)
     assert part.stat().st_mtime_ns == before.st_mtime_ns
+
+
+class Hanging:
+    """Is never ready with a prompt."""
+
+    def prepare(self, **_: Any) -> PreparedPrompt:
+        while True:
+            time.sleep(1)
+
+
+def _hanging(job: EngineJob) -> Mapping[str | None, Hanging]:
+    return {expert.name: Hanging() for expert in job.experts}
+
+
+def _prepare_all(job: PreparedJob) -> None:
+    told = replace(prepare_job(job, Loader(load_engine, _hanging)), progress_timeout=0.3)
+    list(run_blocks(job.plan.shards, {}, None, told))
+
+
+def test_a_task_that_hangs_over_a_row_ends_itself(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"prompt": ["a"]}), tmp_path / "in.parquet")
+    options = {"dataset": tmp_path / "in.parquet", "output": tmp_path / "out", "expert": demo.package("sql")}
+    config = BatchConfig.from_options(base_model=demo.BASE_MODEL, **options)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    process = context.Process(target=_prepare_all, args=(prepare(config, open_experts(config)),))
+    process.start()
+    process.join(60)
+    assert process.exitcode == EXIT_STALLED
 
 
 def test_a_package_that_was_replaced_is_the_same_error_both_ways(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from pipeline.package import (
     open_planned,
     pack,
 )
+from pipeline.package.cache_admin import list_cache
 from pipeline.package.keys import add_trusted_key, generate_key
 from pipeline.package.manifest import BaseModelSpec
 from pipeline.package.staged import MARKER, parse_reference
@@ -230,6 +231,14 @@ def test_base_models_are_staged_alike(store: PackageStore, tmp_path: Path) -> No
     assert sorted(path.name for path in found.path.iterdir()) == sorted(BASE_FILES)
     assert local_base_model(found.place, str(tmp_path / "node")) == found.path
     assert local_base_model(str(folder)) == folder
+    assert local_base_model(found.place, str(tmp_path / "node"), weights=False) == found.path, "it is here already"
+    light = local_base_model(found.place, str(tmp_path / "other"), weights=False)
+    there = [name for name in BASE_FILES if not name.endswith(".safetensors")]
+    assert sorted(path.name for path in light.iterdir()) == sorted(there) != sorted(BASE_FILES)
+    assert local_base_model(found.place, str(tmp_path / "other"), weights=False) == light
+    whole = local_base_model(found.place, str(tmp_path / "other"))
+    assert sorted(path.name for path in whole.iterdir()) == sorted(BASE_FILES)
+    assert {item.is_whole for item in list_cache(tmp_path / "other")} == {True}
     with pytest.raises(BaseModelError) as caught:
         find_base_model(spec, base_model=f"{store.url}/models/{'0' * 64}", cache_dir=tmp_path / "node")
     assert "nothing whole is staged" in caught.value.details[0]
@@ -357,7 +366,7 @@ class Stagings(RuleBasedStateMachine):
 
     @rule()
     def prune(self) -> None:
-        from pipeline.package.cache_admin import list_cache, prune_cache
+        from pipeline.package.cache_admin import prune_cache
 
         for item in list_cache(self.root / "node"):
             os.utime(item.path / ".index.json", (0, 0))
