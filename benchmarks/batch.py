@@ -1,7 +1,9 @@
-"""The batch job beside its own engine alone, and beside Ray Data with the thirty lines that everybody writes first.
+"""The batch job beside its own engine alone, Ray Data with the thirty lines that everybody writes first, and Ray Data's
+own LLM processor with vLLM.
 
     python -m benchmarks.batch --rows 4000                       # job, engine, ray-data, one after another
     python -m benchmarks.batch --rows 4000 --peers job,engine    # what the job adds to its engine
+    python -m benchmarks.batch --rows 4000 --peers job,ray-data-llm    # after make bench-peers
 
 All answer the demo's questions with the demo's SQL expert, greedily and without a grammar, with all cores. Each peer
 runs in a process of its own; starting (Ray, the worker, the model) is told apart from answering.
@@ -20,23 +22,27 @@ from rich.table import Table
 from benchmarks.machine import describe, one_line
 from benchmarks.scale import text_of
 
+LLM = "ray-data-llm"
 COLUMNS = ("peer", "rows", "start_seconds", "run_seconds", "rows_per_second", "cpu_seconds", "right")
 
 
 def main(
     rows: Annotated[int, typer.Option(help="Questions to answer.")] = 4000,
     peers: Annotated[
-        str, typer.Option(help="Of job, engine and ray-data, separated by commas.")
+        str, typer.Option(help="Of job, engine, ray-data and ray-data-llm, separated by commas.")
     ] = "engine,job,ray-data",
+    python: Annotated[Path, typer.Option(help="The interpreter that has vLLM and Ray, for ray-data-llm.")] = Path(
+        "build/peers/bin/python"
+    ),
     repeat: Annotated[int, typer.Option(help="Run each peer so often, in turn; the best run counts.")] = 1,
     folder: Annotated[Path, typer.Option(help="Where files are made.")] = Path("build/batch"),
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
 ) -> None:
     """Measure, print a table, and say what the job adds to its engine."""
     runs = [
-        _measure(peer.strip(), rows=rows, folder=str(folder.absolute()))
+        _measure(peer, rows=rows, folder=str(folder.absolute()), **({"python": str(python)} if peer == LLM else {}))
         for _ in range(repeat)
-        for peer in peers.split(",")
+        for peer in map(str.strip, peers.split(","))
     ]
     best: dict[str, dict[str, Any]] = {}
     for run in runs:
@@ -50,7 +56,13 @@ def main(
     for column in COLUMNS:
         table.add_column(column.replace("_", " "), justify="right")
     for run in best.values():
-        table.add_row(*([run["peer"], run["error"]] if "error" in run else [text_of(run[name]) for name in COLUMNS]))
+        table.add_row(
+            *(
+                [run["peer"], run["error"]]
+                if "error" in run
+                else [text_of(run[name]) if name in run else "-" for name in COLUMNS]
+            )
+        )
     console.print(table)
     _compare(console, best)
     if json_path is not None:
@@ -72,7 +84,7 @@ def _compare(console: Console, best: dict[str, dict[str, Any]]) -> None:
     rates = {name: run["rows_per_second"] for name, run in best.items() if "rows_per_second" in run}
     if "job" not in rates:
         return
-    for other in ("engine", "ray-data"):
+    for other in ("engine", "ray-data", LLM):
         if other in rates:
             console.print(f"the job answers {rates['job'] / rates[other]:.2f} times the rows of {other} a second")
     console.print(f"the first row was being answered {best['job']['start_seconds']:.1f} s after the job began")

@@ -32,7 +32,7 @@ class ThirtyLines:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Answer a batch; `tokens` are the answers, `began` is when it was begun."""
         began, torch = time.time(), self._torch
-        prompts = [list(prompt) for prompt in batch["prompt"]]
+        prompts = [list(prompt) for prompt in batch["tokens"]]
         longest = max(map(len, prompts))
         pad = [longest - len(prompt) for prompt in prompts]
         with torch.inference_mode():
