@@ -234,10 +234,32 @@ def _receipts(
     job: PreparedJob, pending: list[Shard], workers: Workers, told: WorkerJob, reading: Reading
 ) -> Generator[tuple[Receipt, ShardStats], None, None]:
     """The receipt of each shard as it is committed, and how it was answered."""
+    answered = answered_shards(job, pending, workers, told, reading)
+    try:
+        batches: Iterator[pa.Table] = iter(answered.iter_batches(batch_size=None, batch_format="pyarrow"))
+        for batch in batches:
+            for text, stats in zip(batch["receipt"].to_pylist(), batch["stats"].to_pylist(), strict=True):
+                yield Receipt.from_json(text), ShardStats.from_json(stats)
+    except (ExpertError, ray.exceptions.RayError, ExecutionTimeoutError, RuntimeError) as error:
+        raise _job_failed(error) from error
+
+
+def answered_shards(
+    job: PreparedJob, pending: list[Shard], workers: Workers, told: WorkerJob, reading: Reading
+) -> ray.data.Dataset:
+    """The dataset of a job's receipts and stats, a row a shard; nothing runs before it is iterated.
+
+    Args:
+        job: The job.
+        pending: Its shards that are still to be answered.
+        workers: From `plan_workers`.
+        told: From `worker_job`.
+        reading: From `plan_reading`.
+    """
     runs = plan_runs(pending, reading.num_tasks)
     prepare = prepare_job(job, told.load) if reading.prepares else None
     with quiet(**ONE_ROW_A_BLOCK):
-        answered = ray.data.read_datasource(
+        return ray.data.read_datasource(
             ShardDatasource(runs, job.config.storage_options, job.kept, prepare),
             num_cpus=0,  # it must find room beside workers that hold every core; see `plan_reading`
             compute=TaskPoolStrategy(size=min(reading.num_tasks, len(runs))),
@@ -245,7 +267,7 @@ def _receipts(
         ).map_batches(
             ShardWorker,
             fn_constructor_args=(told,),
-            batch_size=None,
+            batch_size=1,  # a block; for workers with GPUs, Ray Data takes no None
             batch_format="pyarrow",
             zero_copy_batch=True,
             compute=ActorPoolStrategy(
@@ -258,13 +280,6 @@ def _receipts(
             num_cpus=workers.num_cpus,
             num_gpus=workers.num_gpus,
         )
-    try:
-        batches: Iterator[pa.Table] = iter(answered.iter_batches(batch_size=None, batch_format="pyarrow"))
-        for batch in batches:
-            for text, stats in zip(batch["receipt"].to_pylist(), batch["stats"].to_pylist(), strict=True):
-                yield Receipt.from_json(text), ShardStats.from_json(stats)
-    except (ExpertError, ray.exceptions.RayError, ExecutionTimeoutError, RuntimeError) as error:
-        raise _job_failed(error) from error
 
 
 def worker_job(job: PreparedJob, workers: Workers, *, is_resumed: bool, load: Loader) -> WorkerJob:

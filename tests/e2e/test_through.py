@@ -10,8 +10,9 @@ import ray
 
 from pipeline import demo, run_batch
 from pipeline.batch.answering import EngineJob, JobExpert, Loader, load_engine
+from pipeline.batch.cluster import Cluster
 from pipeline.batch.config import BatchConfig, ColumnsConfig, resolve_columns
-from pipeline.batch.execute import execute
+from pipeline.batch.execute import answered_shards, execute, plan_reading, plan_workers, worker_job
 from pipeline.batch.layout import JOB
 from pipeline.batch.plan import open_experts, prepare
 from pipeline.batch.progress import Phases, Progress
@@ -97,6 +98,20 @@ def test_a_job_that_is_plainly_wrong_stops_and_can_be_continued(tmp_path: Path) 
     rows = run_scripted(tmp_path / "job", prompts, load_scripted, max_errors=20, **options)
     assert [row["prompt"] for row in rows] == prompts
     assert sum(row["error"] is not None for row in rows) == 20
+
+
+@pytest.mark.parametrize("num_gpus", [1.0, 0.5])
+def test_ray_data_takes_workers_with_gpus(tmp_path: Path, num_gpus: float) -> None:
+    """It refuses some arguments only where there are GPUs; what would run is put together without any."""
+    pq.write_table(pa.table({"prompt": ["a", "b"]}), tmp_path / "in.parquet")
+    options = {"dataset": tmp_path / "in.parquet", "output": tmp_path / "out", "expert": demo.package("sql")}
+    config = BatchConfig.from_options(base_model=demo.BASE_MODEL, num_gpus=num_gpus, **options)
+    job, machine = prepare(config, open_experts(config)), Cluster(num_cpus=8, num_gpus=1, is_local=True)
+    workers = plan_workers(config, machine, len(job.plan.shards))
+    reading = plan_reading(config, machine, workers)
+    told = worker_job(job, workers, is_resumed=False, load=load_scripted)
+    assert (workers.num_gpus, reading.prepares) == (num_gpus, True)
+    answered_shards(job, list(job.plan.shards), workers, told, reading)
 
 
 def test_a_pool_that_may_grow_answers_every_row(tmp_path: Path) -> None:
