@@ -259,7 +259,7 @@ def answered_shards(
     runs = plan_runs(pending, reading.num_tasks)
     prepare = prepare_job(job, told.load) if reading.prepares else None
     with quiet(**ONE_ROW_A_BLOCK):
-        return ray.data.read_datasource(
+        answered: ray.data.Dataset = ray.data.read_datasource(
             ShardDatasource(runs, job.config.storage_options, job.kept, prepare),
             num_cpus=0,  # it must find room beside workers that hold every core; see `plan_reading`
             compute=TaskPoolStrategy(size=min(reading.num_tasks, len(runs))),
@@ -280,6 +280,7 @@ def answered_shards(
             num_cpus=workers.num_cpus,
             num_gpus=workers.num_gpus,
         )
+    return answered
 
 
 def worker_job(job: PreparedJob, workers: Workers, *, is_resumed: bool, load: Loader) -> WorkerJob:
