@@ -138,7 +138,7 @@ def serve_packages(
     trust: TrustOption = Trust.any,
     allow_rollback: RollbackOption = False,
     storage_option: StorageOption = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; the best there is if not given.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or mps; the best there is if not given.")] = None,
     replicas: Annotated[int, typer.Option(help="Processes that answer, for each base model.", min=1)] = 1,
 ) -> None:
     """Answer over HTTP, as OpenAI's API does, until Ctrl-C.

@@ -229,9 +229,8 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(BaseModelError) as caught:
         Expert.load(demo.package("sql"))
     assert len(caught.value.details) >= 2, "it lists every place that was tried"
-    unknown = Expert.load(demo.package("sql"), base_model=demo.BASE_MODEL, device="nodevice")
     with pytest.raises(ConfigError, match="nodevice"):
-        unknown.generate("a")
+        Expert.load(demo.package("sql"), base_model=demo.BASE_MODEL, device="nodevice")
 
 
 def test_what_a_package_is_named_by(expert: Expert, tmp_path: Path) -> None:

@@ -1,13 +1,11 @@
 """From directories to ready modules: base model, adapter, tokenizer, on the right device in the right dtype."""
 
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +13,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from pipeline.engine.devices import choose_device
 from pipeline.engine.memory import page_out
 from pipeline.errors import AdapterError, BaseModelError, ConfigError, OutOfMemoryError, TokenizerError
 from pipeline.package import ExpertPackage
 
 logger = logging.getLogger(__name__)
 
-GPU_DEVICE = Path("/dev/nvidia0")  # there once the driver of an NVIDIA GPU is loaded, whether torch can use it or not
 BYTES_PER_THREAD = 16 << 20  # of weights: with less, a thread waits for the others longer than it computes
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -36,37 +34,6 @@ class BaseModel:
     eos_token_ids: frozenset[int]
     context_length: int
     quantization: str | None = None  # of the linear layers' weights
-
-
-def choose_device(device: str | None = None) -> torch.device:
-    """The device asked for, or the best there is: CUDA, then MPS, then the CPU.
-
-    Raises:
-        ConfigError: The device asked for is unknown or not there.
-    """
-    if device in (None, "auto"):
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        logger.info("chose the device %s", name)
-        if name == "cpu" and os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1") and GPU_DEVICE.exists():
-            _warn_of_unused_gpu(torch.version.cuda)
-        return torch.device(name)
-    try:
-        chosen = torch.device(str(device))
-    except RuntimeError as error:
-        raise ConfigError(f"device {device!r} is unknown", hint="Use cpu, cuda, cuda:1 or mps.") from error
-    num_devices = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
-    if (chosen.index or 0) >= num_devices.get(chosen.type, 0):
-        raise ConfigError(
-            f"device {device!r} is not available", hint="Use cpu, or leave device out to take the best there is."
-        )
-    return chosen
-
-
-@cache
-def _warn_of_unused_gpu(built_for: str | None) -> None:
-    """Say once that this machine has a GPU which torch cannot use."""
-    why = f"this torch is built for CUDA {built_for}: is the driver as new?" if built_for else "this torch has no CUDA"
-    logger.warning('there is an NVIDIA GPU, and answers come from the CPU: %s; device="cpu" says it is meant', why)
 
 
 def choose_dtype(device: torch.device, dtype: str | None, stored: torch.dtype) -> torch.dtype:

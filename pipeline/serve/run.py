@@ -101,8 +101,10 @@ def run_service(config: ServeConfig, say: Callable[[str], None], phases: StartPh
 
 
 def _plan(config: ServeConfig) -> "ServicePlan":
+    from pipeline.engine.devices import check_device
     from pipeline.serve.app import plan_service
 
+    check_device(config.device)  # the replicas are on this machine; they would say it after half a minute
     return plan_service(config)
 
 
