@@ -22,5 +22,5 @@ def test_every_way_is_measured_and_answers_the_same(tmp_path: Path, capsys: pyte
 
 
 def test_ways_that_differ_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(threads.WAYS, "one list", lambda expert, prompts, options: ["other"] * len(prompts))
+    monkeypatch.setitem(threads.WAYS, "one list", lambda *asked: ["other"] * len(asked[1]))
     assert threads.main(["--callers", "2", "--tokens", "1", "--repeat", "2", "--device", "cpu"]) == 1
