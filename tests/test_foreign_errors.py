@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from pipeline import Expert, demo
 from pipeline.batch.config import BatchConfig
 from pipeline.batch.plan import open_experts, prepare
+from pipeline.engine.packed import PackedEngine
 from pipeline.engine.runtime import load_engine, load_expert
 from pipeline.errors import (
     AdapterError,
@@ -180,6 +181,44 @@ def test_a_gpu_that_is_too_small_is_said_to_be(monkeypatch: pytest.MonkeyPatch) 
         "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 MiB.",
         "GPU 0 has 0 bytes free.",
     )
+
+
+def test_a_device_without_room_for_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = torch.empty
+
+    def no_room(*size: Any, **options: Any) -> torch.Tensor:
+        if isinstance(size[0], tuple) and len(size[0]) == 5:  # of keys and values
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return plain(*size, **options)
+
+    monkeypatch.setattr(torch, "empty", no_room)
+    for load_one in (
+        lambda: load_engine(demo.BASE_MODEL, device="cpu"),
+        lambda: load_expert(open_package(demo.package("sql")), demo.BASE_MODEL, device="cpu"),
+    ):
+        with pytest.raises(OutOfMemoryError, match="too little memory on the device for the engine") as caught:
+            load_one()
+        assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+        assert "kv_cache_bytes" in caught.value.hint
+
+
+def test_a_device_without_room_for_one_more_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = load_engine(demo.BASE_MODEL, {"sql": open_package(demo.package("sql"))}, device="cpu")
+    assert isinstance(engine, PackedEngine)
+    assert engine.bank is not None
+
+    def no_room(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", no_room)
+        with pytest.raises(OutOfMemoryError, match="one more adapter") as caught:
+            engine.bank.load("json", open_package(demo.package("json")))
+    assert "max_loaded_experts" in caught.value.hint
+    assert engine.bank.names() == ("sql",)
+    engine.bank.load("json", open_package(demo.package("json")))
+    assert engine.bank.names() == ("sql", "json"), "it may be tried again"
+    engine.close()
 
 
 def test_a_ray_that_does_not_start_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
