@@ -218,7 +218,8 @@ def own_dtype(scene: Scene) -> str:
     import torch
     from transformers import AutoConfig
 
-    from pipeline.engine.loader import choose_device, choose_dtype
+    from pipeline.engine.devices import choose_device
+    from pipeline.engine.loader import choose_dtype
 
     stored: torch.dtype = AutoConfig.from_pretrained(scene.base).dtype or torch.float32
     return str(choose_dtype(choose_device(), None, stored)).removeprefix("torch.")

@@ -4,6 +4,7 @@ Exit codes: 0 when it worked, 1 when it did not, 2 when it was called wrongly, 1
 """
 
 import json
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +24,7 @@ from pipeline.cli_common import (
     storage_options,
 )
 from pipeline.cli_packages import add_package_commands
+from pipeline.tracing import export_spans
 
 MOST_PINNED = 16  # so many experts `expert serve` loads at the start
 
@@ -138,7 +140,7 @@ def serve_packages(
     trust: TrustOption = Trust.any,
     allow_rollback: RollbackOption = False,
     storage_option: StorageOption = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; the best there is if not given.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or mps; the best there is if not given.")] = None,
     replicas: Annotated[int, typer.Option(help="Processes that answer, for each base model.", min=1)] = 1,
 ) -> None:
     """Answer over HTTP, as OpenAI's API does, until Ctrl-C.
@@ -259,6 +261,7 @@ def diff_outputs(
 
 def main() -> None:
     """The console script."""
+    export_spans(os.environ)
     app()
 
 

@@ -4,7 +4,7 @@ import json
 import sys
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
@@ -21,6 +21,9 @@ from pipeline.cli_common import (
     text_or_file,
 )
 from pipeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pipeline.expert import Expert
 
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; the best there is if not given.")]
 QuantizationOption = Annotated[str | None, typer.Option(help="int8 or int4: weights of 8 or 4 bits.")]
@@ -71,8 +74,6 @@ def generate(
     Example: echo "Omar turned 45." | expert generate expert-json.expert - --json
     """
     with errors_on_exit("interrupted"):
-        from pipeline.expert import Expert
-
         question = sys.stdin.read() if prompt == "-" else prompt
         options: dict[str, Any] = {
             "schema": text_or_file(schema),
@@ -88,16 +89,8 @@ def generate(
             "regex": regex,
             "truncate": cast(Literal["left", "right"] | None, truncate),
         }
-        loaded = Expert.load(
-            package,
-            device=device,
-            base_model=base_model,
-            quantization=quantization,
-            trust=trust.value,
-            allow_rollback=allow_rollback,
-            storage_options=storage_options(storage_option),
-        )
-        with loaded as expert:
+        placing = {"device": device, "base_model": base_model, "quantization": quantization}
+        with _expert(package, trust, allow_rollback, storage_option, placing) as expert:
             if as_json:
                 result = expert.generate(question, **options)
                 typer.echo(json.dumps(result.to_dict(), ensure_ascii=False, indent=2))
@@ -109,6 +102,20 @@ def generate(
                         typer.echo(printable(piece), nl=False)
                         sys.stdout.flush()
                 typer.echo()
+
+
+def _expert(
+    package: str,
+    trust: Trust,
+    allow_rollback: bool,
+    storage_option: list[str] | None,
+    placing: dict[str, Any],
+) -> "Expert":
+    """The expert that a command asks."""
+    from pipeline.expert import Expert
+
+    places = storage_options(storage_option)
+    return Expert.load(package, trust=trust.value, allow_rollback=allow_rollback, storage_options=places, **placing)
 
 
 def chat(
@@ -181,7 +188,6 @@ def bench(
         from rich.console import Console
 
         from pipeline.cli_tables import print_table
-        from pipeline.expert import Expert
         from pipeline.speed import measure_speed
 
         try:
@@ -190,16 +196,8 @@ def bench(
             raise ConfigError(f"--batches {batches!r} is not numbers", hint="Write for example 1,8,32.") from error
         if min(sizes) < 1:
             raise ConfigError(f"--batches {batches!r} has a number below 1", hint="Write for example 1,8,32.")
-        loaded = Expert.load(
-            package,
-            device=device,
-            base_model=base_model,
-            quantization=quantization,
-            trust=trust.value,
-            allow_rollback=allow_rollback,
-            storage_options=storage_options(storage_option),
-        )
-        with loaded as expert:
+        placing = {"device": device, "base_model": base_model, "quantization": quantization}
+        with _expert(package, trust, allow_rollback, storage_option, placing) as expert:
             text = text_or_file(schema)
             speeds = list(measure_speed(expert, prompt, schema=text, max_tokens=max_tokens, batches=sizes))
         if as_json:

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Unpack
 
 from pipeline.asking import Answerer, Ask, Asker, GenerateOptions, Item, Running, begin, read_ask, spelled_out
+from pipeline.engine.devices import check_device
 from pipeline.errors import InferenceError
 from pipeline.metrics import AnswerMetrics, Metrics
 from pipeline.package import ExpertPackage, TrustPolicy, fitting_base_model, open_package
@@ -84,7 +85,8 @@ class Expert(Asker):
         Args:
             path: A `.expert` file, an unpacked directory, any fsspec URL of a file (`s3://`, `gs://`, `https://`, `hf://`),
                 what `expert stage` printed, or what `open_package` returned.
-            device: `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`; `"auto"` or None for the best there is.
+            device: `"cpu"`, `"cuda"` (the first GPU), `"cuda:1"`, `"mps"`; `"auto"` or None for the best there is. One
+                that is named is used or refused, here and now.
             dtype: `"float32"`, `"bfloat16"`, `"float16"`, or None to choose by device and checkpoint.
             quantization: `"int8"` or `"int4"` for weights of 8 or 4 bits, or None; see `pipeline.engine.quantization`.
             engine: `"packed"`; or `"padded"`, slower, for a base model that the packed engine refuses.
@@ -99,8 +101,9 @@ class Expert(Asker):
 
         Raises:
             LoadError: The package is missing, damaged or not valid, or its base model cannot be found.
-            ConfigError: `path` or `trust` is not one of these.
+            ConfigError: `path` or `trust` is not one of these, or the device is unknown or not there.
         """
+        check_device(device)
         cache = None if cache_dir is None else Path(cache_dir)
         package = open_package(
             path, cache_dir=cache, trust=trust, allow_rollback=allow_rollback, storage_options=storage_options

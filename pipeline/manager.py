@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Unpack
 
 from pipeline.asking import Answerer, Ask, Asker, GenerateOptions, Item, Running, begin, read_ask, spelled_out
+from pipeline.engine.devices import check_device
 from pipeline.errors import ConfigError, ExpertError, InvalidRequestError
 from pipeline.metrics import AnswerMetrics, Metrics
 from pipeline.package import ExpertPackage, TrustPolicy
@@ -32,6 +33,9 @@ class ExpertManager(Asker):
         max_loaded_experts: At most this many experts are loaded, over all base models; None for any number.
         device, dtype, quantization: For every expert that is not loaded with others; see `Expert.load`.
         base_model, models, cache_dir, metrics, storage_options: See `Expert.load`; for every expert.
+
+    Raises:
+        ConfigError: `max_loaded_experts` is below 1, or the device is unknown or not there.
 
     Examples:
         >>> from pipeline import ExpertManager, demo
@@ -63,6 +67,7 @@ class ExpertManager(Asker):
     ) -> None:
         if max_loaded_experts is not None and max_loaded_experts < 1:
             raise ConfigError(f"max_loaded_experts is {max_loaded_experts}", hint="Give 1 or more, or None.")
+        check_device(device)
         self._metrics = None if metrics is None else AnswerMetrics(metrics)
         self._shelf = Shelf(max_loaded_experts, metrics=self._metrics)
         self._roster = Roster(

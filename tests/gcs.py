@@ -4,7 +4,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from http.server import ThreadingHTTPServer
 from io import BytesIO
 from typing import Any, ClassVar
 from urllib.parse import parse_qs, urlsplit
@@ -12,6 +11,8 @@ from urllib.parse import parse_qs, urlsplit
 from gcp_storage_emulator.handlers import buckets
 from gcp_storage_emulator.server import RequestHandler
 from gcp_storage_emulator.storage import Storage
+
+from tests.web import listening
 
 BUCKET = "bucket"
 
@@ -85,12 +86,5 @@ def gcs_server() -> Iterator[dict[str, Any]]:
     """A server with an empty bucket `bucket`; the storage options that lead to it."""
     storage = ConditionalStorage(use_memory_fs=True)
     buckets.create_bucket(BUCKET, storage)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(ConditionalHandler, storage))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield {"endpoint_url": f"http://127.0.0.1:{server.server_port}", "token": "anon"}
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with listening(partial(ConditionalHandler, storage)) as address:
+        yield {"endpoint_url": address, "token": "anon"}

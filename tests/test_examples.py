@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import httpx
 import pytest
@@ -18,6 +19,7 @@ from pipeline.package import open_package
 from pipeline.serve.api import make_api
 from pipeline.serve.keys import KeyRing, key_hash
 from pipeline.serve.local import local_backend
+from tests.documents import of_language
 from tests.serve.scripted import serving
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
@@ -96,6 +98,20 @@ def test_the_fastapi_service() -> None:
     assert right.json() == {"sql": ANSWER}
     assert wrong.status_code == 400
     assert "tokens" in wrong.json()["detail"]
+
+
+def test_the_guides_fastapi_service() -> None:
+    (block,) = (block for block in of_language("python") if "FastAPI()" in block.code)
+    made: dict[str, Any] = {}
+    exec(compile(block.code, block.page, "exec"), made)  # noqa: S102  # our own
+
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(made["app"]), base_url="http://service") as client:
+            schema = "CREATE TABLE users (id INT, name TEXT, city TEXT, age INT);"
+            return await client.get("/sql", params={"question": QUESTION, "schema": schema})
+
+    with made["expert"]:
+        assert asyncio.run(ask()).json() == ANSWER
 
 
 def test_the_langchain_chain(capsys: pytest.CaptureFixture[str]) -> None:

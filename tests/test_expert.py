@@ -1,5 +1,6 @@
 """`Expert`: three lines, and what a person tries next."""
 
+import asyncio
 import inspect
 import json
 import shutil
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import Expert, InferenceResult, demo
 from pipeline.demo.questions import draw_questions
@@ -223,15 +226,64 @@ def test_nothing_is_loaded_before_it_is_needed_and_nothing_after_close() -> None
         expert.generate("a")
 
 
+def test_a_warm_up_on_request_loads_once_and_nothing_is_loaded_or_moved_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The tokenizer is the same one, and the model stays on its device, whichever way is asked."""
+    metrics = MemoryMetrics()
+    question = QUESTIONS[0]
+    with Expert.load(demo.package("sql"), base_model=demo.BASE_MODEL, device="cpu", metrics=metrics) as expert:
+        assert metrics.value("expert_loads_total", expert="expert-sql") == 0
+        assert expert.warm_up() is expert
+        assert "loaded" in repr(expert)
+        assert "not loaded" not in repr(expert)
+
+        def again(*_: Any, **__: Any) -> None:
+            raise AssertionError("it was loaded, or moved, again")
+
+        for owner, name in (
+            (AutoTokenizer, "from_pretrained"),
+            (AutoModelForCausalLM, "from_pretrained"),
+            (torch.nn.Module, "_apply"),  # what `to`, `cpu` and `cuda` come to
+            (torch.nn.Module, "load_state_dict"),
+        ):
+            monkeypatch.setattr(owner, name, again)
+        wanted = expert.generate(question.prompt, schema=question.schema).text
+        assert expert.generate_batch([question.prompt] * 2, schema=question.schema)[1].text == wanted
+        assert "".join(expert.generate_stream(question.prompt, schema=question.schema)) == wanted
+        assert asyncio.run(expert.agenerate(question.prompt, schema=question.schema)).text == wanted
+        assert metrics.value("expert_loads_total", expert="expert-sql") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "layer"),
+    [
+        ({"dtype": "float32"}, "float32", None),
+        ({"dtype": "bfloat16"}, "bfloat16", None),
+        ({"dtype": "float32", "quantization": "int8"}, "float32", "Int8"),
+        ({"dtype": "float32", "quantization": "int4"}, "float32", "Int4"),
+    ],
+)
+def test_dtype_and_quantization_reach_the_model(options: dict[str, Any], dtype: str, layer: str | None) -> None:
+    """And `models` says where the base model of the manifest's name is."""
+    question = QUESTIONS[0]
+    models = {"demo-qwen3-2m": str(demo.BASE_MODEL)}
+    with Expert.load(demo.package("sql"), models=models, device="cpu", **options) as expert:
+        assert expert.generate(question.prompt, schema=question.schema).text == question.expected
+        loaded = expert._load()
+        assert (loaded.device, loaded.dtype) == ("cpu", dtype)
+        kinds = {type(module).__name__ for module in loaded.engine._loop._runner._model.modules()}  # type: ignore[union-attr]
+        assert any(kind.startswith(layer) for kind in kinds) if layer else not any("Int" in kind for kind in kinds)
+
+
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(PackageNotFoundError, match="nowhere"):
         Expert.load(tmp_path / "nowhere.expert")
     with pytest.raises(BaseModelError) as caught:
         Expert.load(demo.package("sql"))
     assert len(caught.value.details) >= 2, "it lists every place that was tried"
-    unknown = Expert.load(demo.package("sql"), base_model=demo.BASE_MODEL, device="nodevice")
     with pytest.raises(ConfigError, match="nodevice"):
-        unknown.generate("a")
+        Expert.load(demo.package("sql"), base_model=demo.BASE_MODEL, device="nodevice")
 
 
 def test_what_a_package_is_named_by(expert: Expert, tmp_path: Path) -> None:

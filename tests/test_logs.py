@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline import logs
-from pipeline.engine import loader
+from pipeline.engine import devices
 
 
 @pytest.fixture
@@ -38,18 +38,18 @@ def test_the_device_is_logged_and_a_gpu_that_is_not_used_warned_of_once(
     if torch.cuda.is_available() or torch.backends.mps.is_available():
         pytest.skip("this machine has another device than its CPU")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    loader._warn_of_unused_gpu.cache_clear()
+    devices._warn_of_unused_gpu.cache_clear()
     with caplog.at_level(logging.INFO, "pipeline"):
-        assert loader.choose_device("auto").type == "cpu"
+        assert devices.choose_device("auto").type == "cpu"
     assert "chose the device cpu" in caplog.text
     assert "WARNING" not in caplog.text, "there is no GPU here"
     (tmp_path / "nvidia0").touch()
-    monkeypatch.setattr(loader, "GPU_DEVICE", tmp_path / "nvidia0")
+    monkeypatch.setattr(devices, "GPU_DEVICE", tmp_path / "nvidia0")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    loader.choose_device()
+    devices.choose_device()
     assert "WARNING" not in caplog.text, "it is hidden on purpose"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    loader.choose_device()
-    loader.choose_device()
+    devices.choose_device()
+    devices.choose_device()
     assert caplog.text.count("there is an NVIDIA GPU, and answers come from the CPU") == 1
-    loader._warn_of_unused_gpu.cache_clear()
+    devices._warn_of_unused_gpu.cache_clear()

@@ -156,6 +156,23 @@ def test_a_base_model_is_loaded_once_and_goes_with_its_last_expert(
         manager.generate("sql", "a")
 
 
+def test_a_base_model_is_loaded_once_for_each_dtype_and_quantization(
+    manager: ExpertManager, answers: dict[str, str]
+) -> None:
+    manager.load_expert("sql", demo.package("sql"), dtype="float32")
+    manager.load_expert("cypher", demo.package("cypher"), dtype="bfloat16")
+    manager.load_expert("json", demo.package("json"), dtype="float32")
+    manager.load_expert("small", demo.package("sql"), dtype="float32", quantization="int8")
+    bases = [(base.device, base.dtype, base.quantization, base.experts) for base in manager.list_base_models()]
+    assert bases == [
+        ("cpu", "float32", None, ("sql", "json")),
+        ("cpu", "bfloat16", None, ("cypher",)),
+        ("cpu", "float32", "int8", ("small",)),
+    ]
+    results = manager.generate_batch([*((task, ITEMS[task]) for task in demo.TASKS), ("small", ITEMS["sql"])])
+    assert [result.text for result in results] == [*answers.values(), answers["sql"]]
+
+
 def test_an_expert_is_replaced_while_it_answers(manager: ExpertManager, tmp_path: Path) -> None:
     newer = variant(tmp_path / "newer", "sql", version="0.2.0")
     manager.load_expert("sql", demo.package("sql"))

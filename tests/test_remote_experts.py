@@ -1,11 +1,7 @@
 """`Expert.load` of packages behind URLs: a web server, a model hub and Google Cloud Storage, each on this machine."""
 
-import functools
 import json
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +12,7 @@ import pytest
 from pipeline import Expert, demo
 from pipeline.errors import LoadError, PackageNotFoundError
 from tests.gcs import gcs_server
+from tests.web import listening, serving_files
 
 PACKAGE = demo.package("sql")
 NAME = "expert-sql.expert"
@@ -31,26 +28,6 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def answer(url: str, **options: Any) -> str:
     with Expert.load(url, base_model=demo.BASE_MODEL, device="cpu", **options) as expert:
         return expert.generate(QUESTION, schema=SCHEMA).text
-
-
-@contextmanager
-def listening(handler: Any) -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
-class Files(SimpleHTTPRequestHandler):
-    """A web server that keeps quiet."""
-
-    def log_message(self, *_: Any) -> None:
-        """Nobody wants to know."""
 
 
 class Failing(BaseHTTPRequestHandler):
@@ -104,7 +81,7 @@ class Hub(BaseHTTPRequestHandler):
 def test_a_web_server(tmp_path: Path) -> None:
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / NAME).write_bytes(PACKAGE.read_bytes())
-    with listening(functools.partial(Files, directory=str(tmp_path / "files"))) as address:
+    with serving_files(tmp_path / "files") as address:
         assert answer(f"{address}/{NAME}") == "SELECT city, COUNT(*) FROM users GROUP BY city"
         with pytest.raises(PackageNotFoundError, match=r"nothing is at http://127\.0\.0\.1:\d+/other\.expert"):
             answer(f"{address}/other.expert")

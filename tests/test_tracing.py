@@ -1,6 +1,7 @@
 """Spans around loads, prompts, shards and requests, as OpenTelemetry's own SDK records them."""
 
 import asyncio
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 
-from pipeline import Expert, demo, tracing
+from pipeline import Expert, cli, demo, tracing
 from pipeline.batch.worker import ShardWorker
 from pipeline.demo.questions import draw_questions
 from pipeline.engine.runtime import open_experts
@@ -23,6 +24,7 @@ from pipeline.serve.api import make_api
 from pipeline.serve.local import local_backend
 from tests.batch.scripted import load_scripted
 from tests.batch.test_worker import make_job
+from tests.collector import collecting
 from tests.serve.scripted import serving
 
 QUESTION = next(iter(draw_questions("sql", 1)))
@@ -119,6 +121,84 @@ def test_shards_of_a_job(spans: InMemorySpanExporter, tmp_path: Path) -> None:
     assert [(one["expert.shard.index"], one["expert.shard.rows"]) for one in told] == [(0, 40), (1, 10)]
     assert [one["gen_ai.usage.output_tokens"] for one in told] == [40, 10]
     assert all(one["expert.shard.errors"] == 0 for one in told)
+
+
+@pytest.fixture
+def exported(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[TracerProvider]]:
+    """The provider that is set, in what could be a process of ours: this one has its own already."""
+    providers: list[TracerProvider] = []
+    monkeypatch.setattr(trace, "get_tracer_provider", trace.ProxyTracerProvider)
+    monkeypatch.setattr(trace, "set_tracer_provider", providers.append)
+    for name in [name for name in os.environ if name.startswith("OTEL_")]:
+        monkeypatch.delenv(name)
+    yield providers
+    for provider in providers:
+        provider.shutdown()
+
+
+@pytest.mark.parametrize("name", [None, "mine"])
+def test_spans_go_where_the_environment_says(
+    exported: list[TracerProvider], monkeypatch: pytest.MonkeyPatch, name: str | None
+) -> None:
+    with collecting() as collector:
+        for variable, value in collector.environment.items():
+            monkeypatch.setenv(variable, value)
+        if name is not None:
+            monkeypatch.setenv("OTEL_SERVICE_NAME", name)
+        assert tracing.export_spans(os.environ)
+        (provider,) = exported
+        provider.get_tracer("test").start_span("one").end()
+        monkeypatch.setattr(trace, "get_tracer_provider", lambda: provider)
+        tracing.flush_spans()
+        (one,) = collector.named("one")
+        assert one.resource["service.name"] == (name or "expert-pipeline")
+        assert one.resource["process.pid"] == os.getpid()
+        assert not tracing.export_spans(os.environ), "it is set"
+
+
+def test_a_command_exports_its_spans(exported: list[TracerProvider], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "app", lambda: None)
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "console")
+    cli.main()
+    assert len(exported) == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({}, None),
+        ({"OTEL_TRACES_EXPORTER": ""}, None),
+        ({"OTEL_TRACES_EXPORTER": "none"}, None),
+        ({"OTEL_TRACES_EXPORTER": "abacus"}, "no exporter abacus is installed"),
+        ({"OTEL_TRACES_EXPORTER": "otlp", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, "no exporter otlp_proto_grpc is"),
+        ({"OTEL_TRACES_EXPORTER": "otlp", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "tin"}, "no exporter otlp over tin is"),
+    ],
+)
+def test_what_cannot_be_exported_is_warned_of_and_hinders_nothing(
+    exported: list[TracerProvider], caplog: pytest.LogCaptureFixture, environment: dict[str, str], says: str | None
+) -> None:
+    assert not tracing.export_spans(environment)
+    assert exported == []
+    if says is None:
+        assert not caplog.text
+    else:
+        assert f"spans are not exported: {says}" in caplog.text
+        assert 'pip install "expert-pipeline[tracing]"' in caplog.text
+
+
+def test_an_sdk_that_is_missing_is_warned_of(
+    exported: list[TracerProvider], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
+    assert not tracing.export_spans({"OTEL_TRACES_EXPORTER": "otlp"})
+    assert exported == []
+    assert "OpenTelemetry's SDK is not installed" in caplog.text
+
+
+def test_a_program_that_has_a_provider_keeps_it(recorded: InMemorySpanExporter) -> None:
+    before = trace.get_tracer_provider()
+    assert not tracing.export_spans({"OTEL_TRACES_EXPORTER": "console"})
+    assert trace.get_tracer_provider() is before
 
 
 def test_without_opentelemetry_nothing_is_missed(monkeypatch: pytest.MonkeyPatch, spans: InMemorySpanExporter) -> None:

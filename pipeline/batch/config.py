@@ -18,7 +18,17 @@ from pydantic_core import PydanticCustomError
 from pipeline.batch.compression import MAX_DECOMPRESSED_BYTES
 from pipeline.batch.sampling_config import SamplingColumnsConfig, SamplingConfig
 from pipeline.batch.template import PromptTemplate
-from pipeline.config_fields import STRICT, DtypeName, PathText, RayQuantity, Text, path_text, section
+from pipeline.config_fields import (
+    STRICT,
+    DeviceName,
+    DtypeName,
+    PathText,
+    RayQuantity,
+    Text,
+    check_gpu_number,
+    path_text,
+    section,
+)
 from pipeline.config_problems import nearest, printable, problems_of
 from pipeline.errors import ConfigError, DatasetError
 from pipeline.package.download import same_protocol
@@ -206,8 +216,8 @@ class BatchConfig(BaseModel):
     kv_cache_bytes: int | None = Field(
         None, ge=1, description="Memory for keys and values (packed); left out, what the device has to spare."
     )
-    device: Text | None = Field(
-        None, description="Device of each worker, such as cuda or cpu; left out, the best there is."
+    device: DeviceName | None = Field(
+        None, description="Device of each worker: cpu, cuda, mps; left out, or auto, the best there is."
     )
     dtype: DtypeName | None = Field(None, description="Number format of the weights; left out, what suits the device.")
     quantization: Literal["int8", "int4", "none"] = Field(
@@ -308,6 +318,12 @@ class BatchConfig(BaseModel):
             raise PydanticCustomError(
                 "format", "not for format openai: give the lines to be asked again in a file of their own"
             )
+        return value
+
+    @field_validator("device")
+    @classmethod
+    def _is_a_workers_own(cls, value: str | None, info: ValidationInfo) -> str | None:
+        check_gpu_number(value, info.data.get("num_gpus"))
         return value
 
     @field_validator("openai_models")

@@ -1,5 +1,6 @@
 """The actor of a batch job: it holds one engine and answers shards, several at a time."""
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from pipeline.batch.turns import Turns
 from pipeline.batch.watchdog import Watchdog, end_process
 from pipeline.engine.types import Failure
 from pipeline.errors import ExpertError
-from pipeline.tracing import span
+from pipeline.tracing import export_spans, span
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class ShardWorker:
     """
 
     def __init__(self, job: WorkerJob) -> None:
+        export_spans(os.environ)
         self._job = job
         self._turns = Turns()
         self._trials = Trials(job.output.storage, is_noting=job.is_resumed or was_restarted())

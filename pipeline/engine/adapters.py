@@ -16,6 +16,7 @@ from torch import nn
 from pipeline.engine.adapted_modules import AdaptedModule, adapted_module, is_replayable, num_bytes_held
 from pipeline.engine.adapter_step import Buffers, CurrentStep, Form, Slice, StepRows
 from pipeline.engine.deltas import AdapterReader, Delta, EmbeddingDelta, LinearDelta
+from pipeline.engine.foreign import memory_told
 from pipeline.engine.loader import BaseModel
 from pipeline.engine.passing_thread import in_passing_thread
 from pipeline.errors import AdapterError
@@ -119,6 +120,7 @@ class AdapterBank:
         Raises:
             AdapterError: It does not fit the base model or cannot be applied per row, the bank is full of adapters
                 that may not go, or another package has the name.
+            OutOfMemoryError: The device has no memory for it.
         """
         with self._lock:
             if self._touch(name, package, pin=pin):
@@ -126,6 +128,10 @@ class AdapterBank:
         return self._load(name, package, pin)
 
     @in_passing_thread
+    @memory_told(
+        "there is too little memory on the device for one more adapter",
+        hint="Hold fewer at a time (max_loaded_experts, max_resident_experts), or lower kv_cache_bytes.",
+    )
     def _load(self, name: str, package: ExpertPackage, pin: bool) -> AdapterInfo:
         with self._loading, torch.inference_mode(False), torch.no_grad():
             with self._lock:

@@ -1,28 +1,26 @@
 """From directories to ready modules: base model, adapter, tokenizer, on the right device in the right dtype."""
 
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from pipeline.engine.devices import choose_device
+from pipeline.engine.foreign import foreign_errors_as
 from pipeline.engine.memory import page_out
-from pipeline.errors import AdapterError, BaseModelError, ConfigError, OutOfMemoryError, TokenizerError
+from pipeline.errors import AdapterError, BaseModelError, ConfigError, TokenizerError
 from pipeline.package import ExpertPackage
 from pipeline.package.base_model import TOKENIZER_FILES
 
 logger = logging.getLogger(__name__)
 
-GPU_DEVICE = Path("/dev/nvidia0")  # there once the driver of an NVIDIA GPU is loaded, whether torch can use it or not
 BYTES_PER_THREAD = 16 << 20  # of weights: with less, a thread waits for the others longer than it computes
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -37,37 +35,6 @@ class BaseModel:
     eos_token_ids: frozenset[int]
     context_length: int
     quantization: str | None = None  # of the linear layers' weights
-
-
-def choose_device(device: str | None = None) -> torch.device:
-    """The device asked for, or the best there is: CUDA, then MPS, then the CPU.
-
-    Raises:
-        ConfigError: The device asked for is unknown or not there.
-    """
-    if device in (None, "auto"):
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        logger.info("chose the device %s", name)
-        if name == "cpu" and os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1") and GPU_DEVICE.exists():
-            _warn_of_unused_gpu(torch.version.cuda)
-        return torch.device(name)
-    try:
-        chosen = torch.device(str(device))
-    except RuntimeError as error:
-        raise ConfigError(f"device {device!r} is unknown", hint="Use cpu, cuda, cuda:1 or mps.") from error
-    num_devices = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
-    if (chosen.index or 0) >= num_devices.get(chosen.type, 0):
-        raise ConfigError(
-            f"device {device!r} is not available", hint="Use cpu, or leave device out to take the best there is."
-        )
-    return chosen
-
-
-@cache
-def _warn_of_unused_gpu(built_for: str | None) -> None:
-    """Say once that this machine has a GPU which torch cannot use."""
-    why = f"this torch is built for CUDA {built_for}: is the driver as new?" if built_for else "this torch has no CUDA"
-    logger.warning('there is an NVIDIA GPU, and answers come from the CPU: %s; device="cpu" says it is meant', why)
 
 
 def choose_dtype(device: torch.device, dtype: str | None, stored: torch.dtype) -> torch.dtype:
@@ -125,20 +92,18 @@ def placement(path: Path, *, device: str | None = None, dtype: str | None = None
 def _read_config(path: Path) -> Any:
     from transformers import AutoConfig
 
-    try:
+    with _loading(path):
         return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise _not_loadable(path, error) from error
 
 
 def _stored_dtype(config: Any) -> torch.dtype:
     return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
 
 
-def _not_loadable(path: Path, error: Exception) -> BaseModelError:
-    return BaseModelError(
+def _loading(path: Path) -> AbstractContextManager[None]:
+    return foreign_errors_as(
+        BaseModelError,
         f"the base model in {path} cannot be loaded",
-        details=(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",),
         hint="Use a directory that AutoModelForCausalLM loads: config.json and safetensors, no custom code.",
     )
 
@@ -148,6 +113,7 @@ def load_base_model(path: Path, *, device: str | None = None, dtype: str | None 
 
     Raises:
         BaseModelError: The directory does not hold a causal language model that transformers can load.
+        OutOfMemoryError: It does not fit the device's memory.
         ConfigError: The device or dtype is unknown or not there.
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
@@ -155,25 +121,16 @@ def load_base_model(path: Path, *, device: str | None = None, dtype: str | None 
     chosen = choose_device(device)
     config = _read_config(path)
     precision = choose_dtype(chosen, dtype, _stored_dtype(config))
-    try:
-        with _quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path,
-                config=config,
-                dtype=precision,
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemoryError(
-            f"the base model in {path} does not fit the memory of {chosen}",
-            details=(str(error).splitlines()[0],),
-            hint="Use a device with more memory, dtype bfloat16, or quantization int8 or int4.",
-        ) from error
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise _not_loadable(path, error) from error
+    with _loading(path), _quiet():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=precision,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
     model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:
@@ -188,7 +145,8 @@ def load_base_model(path: Path, *, device: str | None = None, dtype: str | None 
     eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     # The checkpoint's generation settings (Qwen3's draw at temperature 0.6) are not the expert's.
     model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=model.generation_config.pad_token_id)
-    model.eval().requires_grad_(False).to(chosen)
+    with _loading(path):
+        model.eval().requires_grad_(False).to(chosen)
     logger.info("loaded %s on %s in %s", path.name, chosen, precision)
     return BaseModel(model, chosen, precision, frozenset(eos_ids), context_length)
 
@@ -224,14 +182,12 @@ def merge_adapter(base: BaseModel, package: ExpertPackage) -> BaseModel:
         adapted = with_peft(base.model, package)
     _load_weights(adapted, package)
     _page_out_when_merged(adapted)
-    try:
+    with foreign_errors_as(
+        AdapterError,
+        f"the adapter of {package.label} cannot be merged into the base model",
+        hint="Train or export the adapter again: with it the weights of the model are not finite, or of another shape.",
+    ):
         merged = adapted.merge_and_unload(safe_merge=True)
-    except ValueError as error:
-        raise AdapterError(
-            f"the adapter of {package.label} cannot be merged into the base model",
-            details=(str(error).splitlines()[0],),
-            hint="Train or export the adapter again: its weights are not finite.",
-        ) from error
     merged.eval().requires_grad_(False)
     return replace(base, model=merged)
 
@@ -268,14 +224,12 @@ def peft_config(package: ExpertPackage) -> Any:
         "adalora": peft.AdaLoraConfig,
     }
     adapter = package.adapter
-    try:
+    with foreign_errors_as(
+        AdapterError,
+        f"adapter_config.json of {package.label} is refused by PEFT",
+        hint="Export the adapter again with the installed version of PEFT.",
+    ):
         return kinds[adapter.kind](inference_mode=True, task_type="CAUSAL_LM", **adapter.to_peft_kwargs())
-    except (TypeError, ValueError) as error:
-        raise AdapterError(
-            f"adapter_config.json of {package.label} is refused by PEFT",
-            details=(str(error).splitlines()[0],),
-            hint="Export the adapter again with the installed version of PEFT.",
-        ) from error
 
 
 def with_peft(model: Any, package: ExpertPackage, **options: Any) -> Any:
@@ -291,14 +245,16 @@ def with_peft(model: Any, package: ExpertPackage, **options: Any) -> Any:
     """
     from peft import get_peft_model
 
-    try:
+    with _fitting(package):
         return get_peft_model(model, peft_config(package), **options)
-    except (TypeError, ValueError) as error:
-        raise AdapterError(
-            f"the adapter of {package.label} does not fit the base model",
-            details=(str(error).splitlines()[0],),
-            hint="Check that base_model is the one the expert was trained on.",
-        ) from error
+
+
+def _fitting(package: ExpertPackage) -> AbstractContextManager[None]:
+    return foreign_errors_as(
+        AdapterError,
+        f"the adapter of {package.label} does not fit the base model",
+        hint="Check that base_model is the one the expert was trained on.",
+    )
 
 
 def load_tokenizer(package: ExpertPackage | None, base_path: Path) -> Any:
@@ -310,14 +266,12 @@ def load_tokenizer(package: ExpertPackage | None, base_path: Path) -> Any:
     from transformers import AutoTokenizer
 
     source = (None if package is None else package.tokenizer_dir) or base_path
-    try:
+    with foreign_errors_as(
+        TokenizerError,
+        f"the tokenizer in {source} cannot be loaded",
+        hint="The package or the base model needs tokenizer.json and tokenizer_config.json, without custom code.",
+    ):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise TokenizerError(
-            f"the tokenizer in {source} cannot be loaded",
-            details=(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",),
-            hint="The package or the base model needs tokenizer.json and tokenizer_config.json, without custom code.",
-        ) from error
     if not tokenizer.chat_template:
         raise TokenizerError(
             f"the tokenizer in {source} has no chat template",
@@ -337,8 +291,9 @@ def tokenizer_key(package: ExpertPackage) -> tuple[str, ...]:
 def _load_weights(adapted: Any, package: ExpertPackage) -> None:
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    wanted = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(adapted).items()}
-    set_peft_model_state_dict(adapted, read_adapter_weights(package, wanted))
+    with _fitting(package):
+        wanted = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(adapted).items()}
+        set_peft_model_state_dict(adapted, read_adapter_weights(package, wanted))
 
 
 def read_adapter_weights(package: ExpertPackage, wanted: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
@@ -351,7 +306,12 @@ def read_adapter_weights(package: ExpertPackage, wanted: dict[str, tuple[int, ..
     Raises:
         AdapterError: Tensors are missing or left over, or have a wrong shape or values that are not finite.
     """
-    weights = load_file(package.adapter_weights)
+    with foreign_errors_as(
+        AdapterError,
+        f"the adapter of {package.label} cannot be read",
+        hint="Was the package changed since it was opened? Open it again, from its .expert file.",
+    ):
+        weights = load_file(package.adapter_weights)
     problems = [f"missing: {name}" for name in sorted(set(wanted) - set(weights))]
     problems += [f"not in this base model: {name}" for name in sorted(set(weights) - set(wanted))]
     problems += [

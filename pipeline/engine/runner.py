@@ -22,6 +22,7 @@ from pipeline.engine.attention import (
 )
 from pipeline.engine.batched_attention import BatchedAttention
 from pipeline.engine.decode_graphs import DecodeGraphs, Recorder, recorder_for
+from pipeline.engine.foreign import is_out_of_memory, said
 from pipeline.engine.kernels.cpu import Kernels
 from pipeline.engine.kv_cache import PagedCache, SlotCache, default_num_bytes
 from pipeline.engine.loader import BaseModel
@@ -224,11 +225,9 @@ class Runner:
         try:
             found = self._forward(chunks)
         except (TypeError, AttributeError, KeyError, IndexError, ValueError, RuntimeError) as error:
-            raise BaseModelError(
-                f"{kind} cannot be run packed",
-                details=(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",),
-                hint=USE_PADDED,
-            ) from error
+            if is_out_of_memory(error):  # the padded engine would have no more of it
+                raise
+            raise BaseModelError(f"{kind} cannot be run packed", details=said(error), hint=USE_PADDED) from error
         self.cache.free([Slot(-1, 32), *slots])
         self.cache.clear()
         difference = float((found.float() - wanted.float()).norm() / wanted.float().norm().clamp_min(1e-6))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.engine.adapters import AdapterBank
+from pipeline.engine.foreign import MEMORY_HINT, memory_told
 from pipeline.engine.loader import load_base_model, load_tokenizer, merge_adapter
 from pipeline.engine.packed import PackedEngine
 from pipeline.engine.padded import PaddedEngine
@@ -19,6 +20,8 @@ from pipeline.package import ExpertPackage
 
 EngineName = Literal["packed", "padded"]
 ENGINES: tuple[EngineName, ...] = ("packed", "padded")
+NO_ROOM = "there is too little memory on the device for the engine"
+ROOM_HINT = f"Lower kv_cache_bytes or batch_size. {MEMORY_HINT}"
 STEP_TOKENS = 1024  # of the packed engine, at most, unless told otherwise
 
 
@@ -41,6 +44,7 @@ class LoadedExperts:
 
 
 @in_passing_thread
+@memory_told(NO_ROOM, hint=ROOM_HINT)
 def load_expert(
     package: ExpertPackage,
     base_path: Path,
@@ -73,6 +77,7 @@ def load_expert(
         ConfigError: The engine, device, dtype or quantization is unknown or not there.
         MissingDependencyError: torchao is not installed, and this quantization needs it.
         InvalidRequestError: An option has a wrong value.
+        OutOfMemoryError: They do not fit the device's memory.
     """
     _check_engine(engine)
     kind = check_quantization(quantization)
@@ -190,6 +195,7 @@ def open_experts(
 
 
 @in_passing_thread
+@memory_told(NO_ROOM, hint=ROOM_HINT)
 def load_engine(
     base_path: Path,
     packages: Mapping[str, ExpertPackage] | None = None,

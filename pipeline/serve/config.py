@@ -8,7 +8,16 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from pipeline.config_fields import STRICT, DtypeName, PathText, RayQuantity, Text, section
+from pipeline.config_fields import (
+    STRICT,
+    DeviceName,
+    DtypeName,
+    PathText,
+    RayQuantity,
+    Text,
+    check_gpu_number,
+    section,
+)
 from pipeline.config_problems import problems_of
 from pipeline.errors import ConfigError
 from pipeline.serve.keys import KeysConfig
@@ -117,7 +126,9 @@ class ServeConfig(BaseModel):
         description="Options of the storage (fsspec) of packages and base models that are named by a URL, such as an "
         "endpoint. Not for secrets: the environment is.",
     )
-    device: Text | None = Field(None, description="Device of each replica: cpu, cuda; left out, the best there is.")
+    device: DeviceName | None = Field(
+        None, description="Device of each replica: cpu, cuda, mps; left out, or auto, the best there is."
+    )
     dtype: DtypeName | None = Field(None, description="Number format of the weights; left out, what suits the device.")
     quantization: Literal["int8", "int4", "none"] = Field(
         "none",
@@ -153,6 +164,7 @@ class ServeConfig(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        check_gpu_number(self.device, self.replicas.num_gpus)
         names = Counter(expert.name for expert in self.experts if expert.name is not None)
         twice = [name for name, count in names.items() if count > 1]
         if twice:

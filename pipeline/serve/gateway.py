@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import aclosing
@@ -21,12 +22,14 @@ from pipeline.serve.keys import KeyRing
 from pipeline.serve.limits import LimitsConfig
 from pipeline.serve.messages import Ask, Delta, Ended, Event, ModelCard
 from pipeline.serve.metrics import GatewayMetrics
+from pipeline.tracing import export_spans, flush_spans
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
     from ray.serve.handle import DeploymentHandle
 
 logger = logging.getLogger(__name__)
+GATEWAY = "Gateway"  # the name of its deployment
 MAX_ATTEMPTS = 5
 RETRY_SECONDS = 0.1  # before the second attempt; twice as long before each further one
 READY_SECONDS = 2.0
@@ -153,7 +156,7 @@ def gateway_deployment(
     job = GatewayJob(tuple(models), config.limits, config.keys.load(), config.log_prompts, config.playground)
     deployment: serve.Deployment = serve.deployment(  # type: ignore[assignment]  # typed as the decorator that it also is
         Gateway,
-        name="Gateway",
+        name=GATEWAY,
         num_replicas=config.gateways,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         ray_actor_options={"num_cpus": 0},
@@ -176,6 +179,7 @@ class Gateway:
         self, job: GatewayJob, handles: Mapping[str, "DeploymentHandle[Any]"]
     ) -> None:
         _log_with_serve()
+        export_spans(os.environ)
         self._job = job
         self._backend = HandleBackend(handles)
         self._in_flight = InFlight(job.limits)
@@ -200,6 +204,14 @@ class Gateway:
     async def close(self) -> None:
         """Refuse what comes from now on, and finish what was begun."""
         self._in_flight.close()
+
+    async def flush(self) -> None:
+        """Export the spans that have ended; see `pipeline.tracing`."""
+        await asyncio.to_thread(flush_spans)
+
+    async def __del__(self) -> None:
+        """Serve calls this once, when nothing is to be answered any more."""
+        await self.flush()
 
     async def num_in_flight(self) -> int:
         """How many requests are not answered yet."""

@@ -16,6 +16,7 @@ from pipeline.package import ExpertPackage, local_base_model, open_planned
 from pipeline.ray_metrics import RayMetrics
 from pipeline.serve.messages import Ask, Event
 from pipeline.serve.replica_metrics import ReplicaMetrics
+from pipeline.tracing import export_spans, flush_spans
 
 if TYPE_CHECKING:
     from pipeline.engine.stats import EngineStats
@@ -90,6 +91,7 @@ class ExpertReplica:
     """
 
     async def __init__(self, job: ReplicaJob) -> None:  # type: ignore[misc]  # Serve awaits it
+        export_spans(os.environ)
         self._phases: dict[str, float] = {}
         self._progress = (time.monotonic(), -1)  # when the engine last did a step, and how many it had done
         self._backend = await asyncio.to_thread(self._load, job)
@@ -133,6 +135,10 @@ class ExpertReplica:
         """How long each part of the start took, in seconds."""
         return dict(self._phases)
 
+    async def flush(self) -> None:
+        """Export the spans that have ended; see `pipeline.tracing`."""
+        await asyncio.to_thread(flush_spans)
+
     async def check_health(self) -> None:
         """Tell Serve whether to replace this replica.
 
@@ -157,6 +163,7 @@ class ExpertReplica:
         if backend is not None:
             self._gauges.cancel()
             await asyncio.to_thread(backend.close)
+        await self.flush()
 
     def _load(self, job: ReplicaJob) -> "LocalBackend":
         started = time.monotonic()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.errors import ConfigError, ServeError
 from pipeline.serve.config import ServeConfig, check_exposure
+from pipeline.tracing import exporters_asked
 
 if TYPE_CHECKING:
     from pipeline.serve.app import ServicePlan
@@ -94,15 +95,17 @@ def run_service(config: ServeConfig, say: Callable[[str], None], phases: StartPh
                 say(f"{_url(config.host, port)}  {', '.join(card.name for card in plan.cards)}  ({phases})")
                 is_ended.wait()
             say("ending: what was begun is finished first; again to end at once")
-            _drain(config)
+            _drain(plan)
         finally:
             with native_output_dropped():
                 ray.shutdown()
 
 
 def _plan(config: ServeConfig) -> "ServicePlan":
+    from pipeline.engine.devices import check_device
     from pipeline.serve.app import plan_service
 
+    check_device(config.device)  # the replicas are on this machine; they would say it after half a minute
     return plan_service(config)
 
 
@@ -175,12 +178,15 @@ def _ended_by_signal() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _drain(config: ServeConfig) -> None:
+def _drain(plan: "ServicePlan") -> None:
     """Refuse what comes from now on, and wait until what was begun is answered. Serve itself ends with Ray."""
     from ray import serve
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
+    from pipeline.serve.gateway import GATEWAY
+
+    config = plan.config
     if config.gateways > 1:  # a call reaches one of them: Serve drains them, and its proxy has the words
         with suppress(TimeoutError):
             serve.delete(APPLICATION)
@@ -193,6 +199,9 @@ def _drain(config: ServeConfig) -> None:
         while num_idle < 2 and time.monotonic() < until:  # twice: the proxy passes the last bytes on after the gateway
             num_idle = 0 if gateway.num_in_flight.remote().result(timeout_s=CALL_SECONDS) else num_idle + 1
             time.sleep(LOOK_SECONDS)
+        if exporters_asked(os.environ):  # Ray ends its processes without asking them
+            for name in (GATEWAY, *(group.name for group in plan.groups)):
+                serve.get_deployment_handle(name, APPLICATION).broadcast("flush").results(timeout_s=CALL_SECONDS)
 
 
 def _url(host: str, port: int) -> str:

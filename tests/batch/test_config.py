@@ -190,7 +190,8 @@ def test_missing_options_are_all_named() -> None:
         ({"num_cpus": float("inf")}, "num_cpus: expected a number from 0 to 1, or a whole number, got inf"),
         ({"batch_size": "32"}, 'batch_size: expected a whole number of at least 1, got "32"'),
         ({"max_batch_tokens": 0}, "max_batch_tokens: expected a whole number of at least 1, got 0"),
-        ({"device": ""}, 'device: expected a non-empty string, got ""'),
+        ({"device": ""}, 'device: expected auto, cpu, cuda, cuda:1 or mps, got ""'),
+        ({"base_model": ""}, 'base_model: expected a non-empty string, got ""'),
         ({"dtype": "float8"}, 'dtype: expected "float32", "bfloat16" or "float16", got "float8"'),
         ({"storage_options": "x"}, 'storage_options: expected a mapping, got "x"'),
         ({"progress_seconds": 0}, "progress_seconds: expected a number above 0, got 0"),
@@ -397,7 +398,7 @@ def test_all_problems_come_at_once_in_the_order_of_lines(write: Write) -> None:
         ("- a", "line 1, column 1  expected keys and values, such as `dataset: questions.parquet`"),
         ("# \n\njust text", "line 3, column 1  expected keys and values, such as `dataset: questions.parquet`"),
         ("!!set {a}", "line 1, column 1  the tag tag:yaml.org,2002:set is not supported"),
-        (HEAD + 'device: "\\ud800"', "line 4, column 9  device: holds half of a character (a lone surrogate)"),
+        (HEAD + 'base_model: "\\ud800"', "line 4, column 13  base_model: holds half of a character (a lone surrogate)"),
         (HEAD + "? [a]\n: 1", "line 4, column 3  ?: expected a key that is a string; put it in quotes"),
         (HEAD + "seed: " + "9" * 5000, f"line 4, column 7  seed: {'9' * 57}... cannot be read as int"),
     ],
@@ -471,10 +472,10 @@ def test_numbers_are_read_as_people_write_them(write: Write, text: str, value: f
 
 
 def test_strings_are_kept_as_written(write: Write) -> None:
-    path = write("dataset: ./$HOME/~/a.parquet\nexpert: 2024-01-01\noutput: ../out\ndevice: 1.2.3\n")
+    path = write("dataset: ./$HOME/~/a.parquet\nexpert: 2024-01-01\noutput: ../out\nbase_model: 1.2.3\n")
     config = load_config(path)
     assert (config.dataset, config.expert, config.output) == ("./$HOME/~/a.parquet", "2024-01-01", "../out")
-    assert config.device == "1.2.3"
+    assert config.base_model == "1.2.3"
 
 
 SAFE_TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
@@ -526,7 +527,7 @@ def test_overrides_replace_and_add(write: Write) -> None:
             "models.Qwen3-0.6B=/models/q",
             "storage_options.client_kwargs.endpoint_url=http://localhost:9000/?a=b",
             "output_prefix=2024-01-01",
-            "device='1'",
+            "base_model='1'",
         ],
     )
     assert (config.dataset, config.seed, config.format) == ("**/*.parquet", 3, None)
@@ -534,7 +535,7 @@ def test_overrides_replace_and_add(write: Write) -> None:
     assert (config.columns.prompt, config.columns.id) == ("question", "n")
     assert config.models == {"Qwen3-0.6B": "/models/q"}
     assert config.storage_options == {"client_kwargs": {"endpoint_url": "http://localhost:9000/?a=b"}}
-    assert (config.output_prefix, config.device) == ("2024-01-01", "1")
+    assert (config.output_prefix, config.base_model) == ("2024-01-01", "1")
 
 
 @pytest.mark.parametrize(
@@ -603,13 +604,13 @@ def test_any_override_is_taken_or_named(tmp_path_factory: pytest.TempPathFactory
     path.write_text(HEAD, encoding="utf-8")
     written = text[1:-1] if text[:1] in {"'", '"'} else text
     problems: tuple[str, ...] = ()
-    device: str | None = written
+    base_model: str | None = written
     try:
-        device = load_config(path, [f"device={text}"]).device
+        base_model = load_config(path, [f"base_model={text}"]).base_model
     except ConfigError as error:
         problems = error.details
-    assert device in {written, None}
-    assert all(problem.startswith("override device=") for problem in problems)
+    assert base_model in {written, None}
+    assert all(problem.startswith("override base_model=") for problem in problems)
 
 
 # ---- the example ----

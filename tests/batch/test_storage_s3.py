@@ -7,7 +7,7 @@ import pickle
 import threading
 import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import ClassVar
 from xml.sax.saxutils import escape
 
@@ -19,6 +19,7 @@ from pipeline.batch.rows import iter_rows
 from pipeline.batch.source import plan_shards, read_shard
 from pipeline.errors import DatasetError, OutputError
 from pipeline.storage import open_storage
+from tests.web import listening
 
 
 class SmallS3(BaseHTTPRequestHandler):
@@ -128,13 +129,8 @@ class SmallS3(BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     handler = type("Handler", (SmallS3,), {"objects": {}, "guard": threading.Lock()})
-    http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=http.serve_forever, daemon=True)
-    thread.start()
-    yield handler, http.server_port
-    http.shutdown()
-    http.server_close()
-    thread.join()
+    with listening(handler) as address:
+        yield handler, address
 
 
 @pytest.fixture
@@ -142,7 +138,7 @@ def options(server):
     return {
         "key": "test",
         "secret": "test",
-        "client_kwargs": {"endpoint_url": f"http://127.0.0.1:{server[1]}", "region_name": "us-east-1"},
+        "client_kwargs": {"endpoint_url": server[1], "region_name": "us-east-1"},
     }
 
 

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from pipeline import BatchResult, demo
+from tests.collector import collecting
 from tests.e2e.heads import Head
 from tests.e2e.processes import BIN, PROJECT, run, running, wait_until
 from tests.e2e.serving import SCHEMA, SECONDS, free_port
@@ -76,8 +77,24 @@ def test_serve_deploy_and_serve_run_take_the_projects_file(head: Head, tmp_path:
 def test_a_submitted_job_equals_a_local_run(
     answered: BatchResult, job_options: dict[str, Any], questions: Path, head: Head, tmp_path: Path
 ) -> None:
-    """The README's line: the same parts, byte for byte."""
-    submit = [BIN / "ray", "job", "submit", f"--address={head.dashboard}", f"--working-dir={PROJECT}", "--"]
+    """The README's line: the same parts, byte for byte; with a runtime environment that asks for spans."""
+    with collecting() as collector:
+        submit_job(head, job_options, questions, tmp_path, environment=collector.environment)
+        shards = {one.attributes["expert.shard.index"] for one in collector.named("expert.shard")}
+    for path in map(Path, answered.parts):
+        assert path.read_bytes() == (tmp_path / "submitted" / path.name).read_bytes()
+    assert (tmp_path / "submitted" / "_SUCCESS").exists()
+    assert shards == set(range(len(answered.parts)))
+
+
+def submit_job(
+    head: Head, job_options: dict[str, Any], questions: Path, tmp_path: Path, *, environment: dict[str, str]
+) -> None:
+    """Submit one, and wait until it has succeeded."""
+    submit = [
+        *(BIN / "ray", "job", "submit", f"--address={head.dashboard}", f"--working-dir={PROJECT}"),
+        *("--runtime-env-json", json.dumps({"env_vars": environment}), "--"),
+    ]
     job = [
         *(BIN / "python", "jobs/batch.py", "--config", "configs/demo.yaml"),
         *(f"dataset={questions}", f"output={tmp_path / 'submitted'}", "num_workers=1"),
@@ -90,9 +107,6 @@ def test_a_submitted_job_equals_a_local_run(
         submitted = run([*submit, *job], seconds=240, more=head.token)
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     assert "succeeded" in submitted.stdout.lower()
-    for path in map(Path, answered.parts):
-        assert path.read_bytes() == (tmp_path / "submitted" / path.name).read_bytes()
-    assert (tmp_path / "submitted" / "_SUCCESS").exists()
 
 
 def test_a_job_that_cannot_begin_fails_as_a_program() -> None:

@@ -14,8 +14,9 @@ import httpx
 import pytest
 
 from benchmarks.replies import MalformedReplyError, Reply, ask, stream_events, text_of
+from tests.collector import Collector, collecting
 from tests.documents import of_language
-from tests.e2e.processes import running, wait_until
+from tests.e2e.processes import descendants, running, wait_until
 from tests.e2e.serving import LONG, SCHEMA, SECONDS
 from tests.readme import CONSOLE
 
@@ -30,11 +31,13 @@ class Command:
         process: It.
         url: Where it answers.
         log: What it has said.
+        collector: What its processes export their spans to.
     """
 
     process: subprocess.Popen[bytes]
     url: str
     log: Path
+    collector: Collector
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +48,13 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
     def addresses() -> list[str]:
         return re.findall(r"http://127\.0\.0\.1:\d+", log.read_text())
 
-    with running(["/bin/sh", "-c", f"exec {line} --port 0"], log) as process:
+    with (
+        collecting() as collector,
+        running(["/bin/sh", "-c", f"exec {line} --port 0"], log, more=collector.environment) as process,
+    ):
         assert wait_until(lambda: bool(addresses()) or process.poll() is not None, seconds=SECONDS), log.read_text()
         assert process.poll() is None, log.read_text()
-        yield Command(process, addresses()[0], log)
+        yield Command(process, addresses()[0], log, collector)
 
 
 def test_it_answers_the_guides_questions(command: Command) -> None:
@@ -62,12 +68,33 @@ def test_it_answers_the_guides_questions(command: Command) -> None:
         assert "SELECT city, COUNT(*) FROM users GROUP BY city" in done.stdout, done.stderr
 
 
+CLIENTS_SPAN = "b7ad6b7169203331"
+
+
+@pytest.fixture(scope="module")
+def traced(command: Command) -> dict[str, set[int]]:
+    """Traces that a client has begun, one for a whole answer and one for a stream; and the processes that served."""
+    traces = {f"0af7651916cd43dd8448eb211c80319{int(stream)}": stream for stream in (False, True)}
+    body = {"model": "expert-sql", "messages": [{"role": "user", "content": "Who?"}], "max_tokens": 3}
+    for trace_id, stream in traces.items():
+        answer = httpx.post(
+            f"{command.url}/v1/chat/completions",
+            json={**body, "stream": stream},
+            headers={"traceparent": f"00-{trace_id}-{CLIENTS_SPAN}-01"},
+            timeout=SECONDS,
+        )
+        assert answer.status_code == 200
+    pids = set(descendants(command.process.pid, "ray::ServeReplica"))
+    return dict.fromkeys(traces, pids)
+
+
 def long_body(number: int, **more: Any) -> dict[str, Any]:
     """One that takes seconds."""
     asked = {"model": "expert-sql", "prompt": "How many users are there?", "schema": SCHEMA}
     return {**asked, **LONG, "seed": number, "temperature": 1.0, "max_tokens": 500, **more}
 
 
+@pytest.mark.usefixtures("traced")
 def test_it_ends_gracefully(command: Command) -> None:
     """At SIGTERM what was begun is finished, and what comes then is refused in our words, until nothing listens."""
     process = command.process
@@ -96,6 +123,25 @@ def test_it_ends_gracefully(command: Command) -> None:
     said = command.log.read_text()
     assert "ending: what was begun is finished first" in said
     assert len(said.splitlines()) == 2, "neither a traceback nor a line of Ray's"
+
+
+def test_a_request_is_one_trace_from_the_client_through_gateway_and_replica(
+    command: Command, traced: dict[str, set[int]]
+) -> None:
+    """Each process exports its own spans, where OpenTelemetry's environment tells it to; at its end what is left."""
+    command.process.send_signal(signal.SIGTERM)
+    assert command.process.wait(SECONDS) == 0
+    for trace_id, pids in traced.items():
+        (request,), (answered,) = (
+            command.collector.named(name, trace_id) for name in ("expert.request", "expert.generate")
+        )
+        assert request.parent_id == CLIENTS_SPAN
+        assert request.attributes["http.response.status_code"] == 200
+        assert answered.parent_id == request.span_id
+        assert answered.attributes["gen_ai.usage.output_tokens"] == 3
+        served = {one.resource["process.pid"] for one in (request, answered)}
+        assert len(served) == 2, "a gateway and a replica"
+        assert served <= pids
 
 
 async def _ask_until_the_end(

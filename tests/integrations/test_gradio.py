@@ -5,7 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.documents import of_language
+
 PAGE = Path(__file__).with_name("gradio_page.py")
+
+
+def test_the_guide_has_the_examples_lines_which_are_run_here() -> None:
+    (block,) = (block for block in of_language("py") if "to_gradio" in block.code)
+    assert block.code in (PAGE.parents[2] / "examples" / "gradio_page.py").read_text()
 
 
 def test_a_page_to_talk_with_an_expert() -> None:

@@ -1,14 +1,10 @@
 """Opening a package by path, directory or URL, and what it then says of itself."""
 
-import contextlib
-import functools
 import hashlib
 import json
 import pickle
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +25,7 @@ from pipeline.errors import (
 )
 from pipeline.package import ArchiveLimits, open_package
 from tests.package.expert_fixtures import ADAPTER_CONFIG, archive, expert_files, manifest, weights, write_archive
+from tests.web import serving_files
 
 
 def decoding(**fields: Any) -> bytes:
@@ -170,25 +167,8 @@ def test_a_missing_file_system_package(cache: Path) -> None:
         open_package("gs://bucket/x.expert", cache_dir=cache)
 
 
-@contextlib.contextmanager
-def serving(folder: Path) -> Iterator[str]:
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
 def test_a_package_over_http(expert_file: Path, cache: Path) -> None:
-    with serving(expert_file.parent) as address:
+    with serving_files(expert_file.parent) as address:
         package = open_package(f"{address}/test.expert", cache_dir=cache)
         assert package.digest == open_package(expert_file, cache_dir=cache).digest
         with pytest.raises(PackageNotFoundError):
