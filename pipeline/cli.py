@@ -97,9 +97,12 @@ def run_job(config: Path, overrides: list[str]) -> None:
 def demo_data(
     path: Annotated[Path, typer.Argument(help="The file to write.")],
     rows: Annotated[int, typer.Option(help="How many questions.", min=1)] = 2000,
-    file_format: Annotated[FileFormat, typer.Option("--format", help="How to write them.")] = FileFormat.parquet,
+    file_format: Annotated[
+        FileFormat | None, typer.Option("--format", help="How to write them; as the file's name ends if not given.")
+    ] = None,
     task: Annotated[DemoTask, typer.Option(help="Which expert they are for.")] = DemoTask.sql,
     seed: Annotated[int, typer.Option(help="The same seed gives the same questions.")] = 1,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that holds something else.")] = False,
 ) -> None:
     """Make a dataset of questions with their right answers.
 
@@ -108,7 +111,8 @@ def demo_data(
     with errors_on_exit():
         from pipeline.demo.questions import write_questions
 
-        write_questions(path, rows, task=task.value, seed=seed, file_format=file_format.value)
+        form = None if file_format is None else file_format.value
+        write_questions(path, rows, task=task.value, seed=seed, file_format=form, overwrite=overwrite)
         typer.echo(f"{rows:,} questions in {path}")
 
 

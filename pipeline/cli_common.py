@@ -34,7 +34,10 @@ PackageArgument = Annotated[
     str, typer.Argument(help="A .expert file, an unpacked directory, a URL, or what `expert stage` printed.")
 ]
 BaseModelOption = Annotated[
-    str | None, typer.Option(help="The base model's directory or Hugging Face id; looked for on this machine by the manifest's name if not given.")
+    str | None,
+    typer.Option(
+        help="The base model's directory or Hugging Face id; looked for here by the manifest's name if left out."
+    ),
 ]
 StorageOption = Annotated[
     list[str] | None,

@@ -179,7 +179,9 @@ def _try(
     try:
         snapshot = Path(snapshot_download(hub_id, allow_patterns=_DOWNLOADED, local_files_only=not is_named))
     except LocalEntryNotFoundError:
-        why = "not in the cache of this machine" + (", and no hub is reached" if is_named else "; nothing is downloaded")
+        why = "not in the cache of this machine" + (
+            ", and no hub is reached" if is_named else "; nothing is downloaded"
+        )
         tried.append(f"{origin} Hugging Face {hub_id}: {why}")
         return None
     except Exception as problem:  # noqa: BLE001  # the client also lets errors of its network library through

@@ -9,7 +9,8 @@ import pytest
 
 from pipeline import demo, run_batch
 from pipeline.batch.answering import EngineJob, JobExpert, Loader, load_engine
-from pipeline.batch.config import BatchConfig, ColumnsConfig, resolve_columns
+from pipeline.batch.columns import resolve_columns
+from pipeline.batch.config import BatchConfig, ColumnsConfig
 from pipeline.batch.execute import execute
 from pipeline.batch.layout import JOB
 from pipeline.batch.plan import open_experts, prepare
