@@ -1,6 +1,7 @@
 """The `expert` command. Every command is thin: it calls the API that a program would call.
 
-Exit codes: 0 when it worked, 1 when it did not, 2 when it was called wrongly, 130 when it was interrupted.
+Exit codes: 0 when it worked, 1 when it did not, 2 when it was called wrongly, 130 when it was interrupted (Ctrl-C or
+SIGTERM).
 """
 
 import json
@@ -29,7 +30,7 @@ MOST_PINNED = 16  # so many experts `expert serve` loads at the start
 EPILOG = """\
 [bold]To begin:[/bold] `expert demo` needs no package of yours; the packages it uses are in pipeline/demo/artifacts.
 
-[bold]Exit codes:[/bold] 0 it worked; 1 it did not; 2 it was called wrongly; 130 it was interrupted.
+[bold]Exit codes:[/bold] 0 it worked; 1 it did not; 2 it was called wrongly; 130 it was interrupted (Ctrl-C, SIGTERM).
 
 [bold]Completion:[/bold] `expert --install-completion` teaches your shell the commands and options.
 

@@ -1,6 +1,7 @@
 """The `expert` command: what it prints, and how it fails."""
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from pipeline import demo
 from pipeline.cli import app
+from pipeline.cli_common import errors_on_exit
 from pipeline.demo.questions import draw_questions
 from pipeline.package import open_package
 from pipeline.storage.local import LocalStorage
@@ -140,6 +142,16 @@ def test_a_mistake_is_told_without_a_traceback(
     for words in says:
         assert words in failed.stderr
     assert "Traceback" not in failed.output
+
+
+def test_sigterm_ends_a_command_as_ctrl_c_does(capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(typer.Exit) as ended, errors_on_exit():  # noqa: PT012  # what follows the signal is never reached
+        signal.raise_signal(signal.SIGTERM)
+        pytest.fail("it goes on")
+    assert ended.value.exit_code == 130
+    assert capsys.readouterr().err == "interrupted; what is committed stays, and the same command continues\n"
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_status_and_verification_of_an_output(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import ray
 import ray.data  # sets up its own logging when imported
 
-from pipeline.cluster import OWN_NAMESPACE, native_output_dropped, silence, start_local
+from pipeline.cluster import OWN_NAMESPACE, native_output_dropped, own_sigterm_kept, silence, start_local
 from pipeline.errors import ClusterError
 
 CONNECT_SECONDS = 2.0
@@ -59,7 +59,7 @@ def _join(address: str, *, is_named: bool) -> None:
     if _HOST_AND_PORT.fullmatch(address) and not _listens(address):
         raise _no_cluster(address, "nothing listens there", is_named=is_named)
     try:
-        with native_output_dropped():
+        with native_output_dropped(), own_sigterm_kept():
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
         why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
