@@ -70,6 +70,7 @@ bench-peers:  ## install vLLM for make bench and make bench-serve, into an envir
 
 docs: $(STAMP)  ## build the documentation into build/site, strictly
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "It is in build/site; to read it, with its search: python3 -m http.server --directory build/site 8080"
 
 # What runs in processes of its own (Ray's workers, the commands) is not seen, and not counted.
 coverage: $(STAMP)  ## run all tests and say how much of the code they run
