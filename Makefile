@@ -77,8 +77,20 @@ coverage: $(STAMP)  ## run all tests and say how much of the code they run
 	$(PYTEST) \
 	  --cov=pipeline --cov-report=term:skip-covered --cov-report=html:build/coverage --cov-fail-under=85
 
+# When each cell ran is no news, and would be a change of every cell in every run.
+define DROP_TIMES
+import sys, nbformat
+for path in sys.argv[1:]:
+    notebook = nbformat.read(path, 4)
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+    nbformat.write(notebook, path)
+endef
+export DROP_TIMES
+
 notebooks: $(STAMP)  ## run the notebooks from top to bottom and keep what they print and draw
 	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
+	@$(BIN)/python -c "$$DROP_TIMES" notebooks/*.ipynb
 
 train: $(STAMP)  ## make the demo model and its experts again (about 20 minutes on two cores)
 	$(BIN)/python -m pipeline.demo.train

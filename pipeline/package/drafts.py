@@ -40,7 +40,7 @@ def draft_manifest(
     if not is_name(name):
         raise ConfigError(
             f"--name {name!r} is no name of an expert",
-            hint="It begins with expert- and has small letters, digits and hyphens, such as expert-sql or "
+            hint="It begins with expert- and has small letters, digits and hyphens, such as "
             f"expert-{re.sub('[^a-z0-9]+', '-', name.lower().removeprefix('expert')).strip('-') or 'mine'}.",
         )
     if not is_version(version):
