@@ -110,9 +110,9 @@ def demo_data(
     Example: expert demo-data questions.parquet --rows 10000
     """
     with errors_on_exit():
-        from pipeline.demo.questions import write_questions
+        from pipeline.demo.questions import QuestionFormat, write_questions
 
-        form = None if file_format is None else file_format.value
+        form: QuestionFormat | None = None if file_format is None else file_format.value
         write_questions(path, rows, task=task.value, seed=seed, file_format=form, overwrite=overwrite)
         typer.echo(f"{rows:,} questions in {path}")
 
