@@ -17,6 +17,7 @@ help:  ## list these targets
 # The environment is made again only when what it is made from has changed.
 $(STAMP): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; run: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "Making $(VENV): everything is downloaded and installed, which takes some minutes ..."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[grammar,dev]'
 	@touch $@
@@ -69,14 +70,27 @@ bench-peers:  ## install vLLM for make bench and make bench-serve, and Ray besid
 
 docs: $(STAMP)  ## build the documentation into build/site, strictly
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "It is in build/site; to read it, with its search: python3 -m http.server --directory build/site 8080"
 
 # What runs in processes of its own (Ray's workers, the commands) is not seen, and not counted.
 coverage: $(STAMP)  ## run all tests and say how much of the code they run
 	$(PYTEST) \
 	  --cov=pipeline --cov-report=term:skip-covered --cov-report=html:build/coverage --cov-fail-under=85
 
+# When each cell ran is no news, and would be a change of every cell in every run.
+define DROP_TIMES
+import sys, nbformat
+for path in sys.argv[1:]:
+    notebook = nbformat.read(path, 4)
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+    nbformat.write(notebook, path)
+endef
+export DROP_TIMES
+
 notebooks: $(STAMP)  ## run the notebooks from top to bottom and keep what they print and draw
 	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
+	@$(BIN)/python -c "$$DROP_TIMES" notebooks/*.ipynb
 
 train: $(STAMP)  ## make the demo model and its experts again (about 20 minutes on two cores)
 	$(BIN)/python -m pipeline.demo.train

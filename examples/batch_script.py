@@ -1,8 +1,9 @@
-"""Answer a CSV file on Ray: python examples/batch_script.py questions.csv answers. Again: it continues."""
+"""Answer a file of questions on Ray: python examples/batch_script.py questions.jsonl answers. Again: it continues."""
 
 import sys
 
 from pipeline import demo, run_batch
+from pipeline.errors import ExpertError
 
 
 def main(questions: str, answers: str) -> int:
@@ -22,4 +23,7 @@ def main(questions: str, answers: str) -> int:
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit(__doc__)
-    sys.exit(main(*sys.argv[1:]))
+    try:
+        sys.exit(main(*sys.argv[1:]))
+    except ExpertError as error:
+        sys.exit(str(error))

@@ -1,6 +1,7 @@
 """The `expert` command. Every command is thin: it calls the API that a program would call.
 
-Exit codes: 0 when it worked, 1 when it did not, 2 when it was called wrongly, 130 when it was interrupted.
+Exit codes: 0 when it worked, 1 when it did not, 2 when it was called wrongly, 130 when it was interrupted (Ctrl-C or
+SIGTERM).
 """
 
 import json
@@ -31,7 +32,7 @@ MOST_PINNED = 16  # so many experts `expert serve` loads at the start
 EPILOG = """\
 [bold]To begin:[/bold] `expert demo` needs no package of yours; the packages it uses are in pipeline/demo/artifacts.
 
-[bold]Exit codes:[/bold] 0 it worked; 1 it did not; 2 it was called wrongly; 130 it was interrupted.
+[bold]Exit codes:[/bold] 0 it worked; 1 it did not; 2 it was called wrongly; 130 it was interrupted (Ctrl-C, SIGTERM).
 
 [bold]Completion:[/bold] `expert --install-completion` teaches your shell the commands and options.
 
@@ -99,18 +100,22 @@ def run_job(config: Path, overrides: list[str]) -> None:
 def demo_data(
     path: Annotated[Path, typer.Argument(help="The file to write.")],
     rows: Annotated[int, typer.Option(help="How many questions.", min=1)] = 2000,
-    file_format: Annotated[FileFormat, typer.Option("--format", help="How to write them.")] = FileFormat.parquet,
+    file_format: Annotated[
+        FileFormat | None, typer.Option("--format", help="How to write them; as the file's name ends if not given.")
+    ] = None,
     task: Annotated[DemoTask, typer.Option(help="Which expert they are for.")] = DemoTask.sql,
     seed: Annotated[int, typer.Option(help="The same seed gives the same questions.")] = 1,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that holds something else.")] = False,
 ) -> None:
     """Make a dataset of questions with their right answers.
 
     Example: expert demo-data questions.parquet --rows 10000
     """
     with errors_on_exit():
-        from pipeline.demo.questions import write_questions
+        from pipeline.demo.questions import QuestionFormat, write_questions
 
-        write_questions(path, rows, task=task.value, seed=seed, file_format=file_format.value)
+        form: QuestionFormat | None = None if file_format is None else file_format.value
+        write_questions(path, rows, task=task.value, seed=seed, file_format=form, overwrite=overwrite)
         typer.echo(f"{rows:,} questions in {path}")
 
 

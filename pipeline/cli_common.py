@@ -1,10 +1,13 @@
 """What the commands share: how an error of ours ends the process, and options of several of them."""
 
+import signal
+import threading
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -34,7 +37,10 @@ PackageArgument = Annotated[
     str, typer.Argument(help="A .expert file, an unpacked directory, a URL, or what `expert stage` printed.")
 ]
 BaseModelOption = Annotated[
-    str | None, typer.Option(help="The base model's directory or Hugging Face id; by the manifest's name if not given.")
+    str | None,
+    typer.Option(
+        help="The base model's directory or Hugging Face id; looked for here by the manifest's name if left out."
+    ),
 ]
 StorageOption = Annotated[
     list[str] | None,
@@ -46,9 +52,10 @@ StorageOption = Annotated[
 def errors_on_exit(
     interrupted: str = "interrupted; what is committed stays, and the same command continues",
 ) -> Iterator[None]:
-    """Print an error of ours without a traceback, and end the process with an exit code."""
+    """Print an error of ours without a traceback, and end the process with an exit code; SIGTERM is Ctrl-C, too."""
     try:
-        yield
+        with _sigterm_interrupts():
+            yield
     except ExpertError as error:
         console = Console(stderr=True, soft_wrap=True)
         console.print(f"[bold red]{type(error).__name__}:[/bold red] {escape(str(error))}", highlight=False)
@@ -57,6 +64,23 @@ def errors_on_exit(
     except KeyboardInterrupt as error:
         typer.echo(interrupted, err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from error
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """What a system sends to end a job is to end it as a person would, and not half way."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def storage_options(given: list[str] | None) -> dict[str, Any]:

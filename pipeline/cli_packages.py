@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -20,7 +19,7 @@ from pipeline.cli_common import (
     errors_on_exit,
     storage_options,
 )
-from pipeline.cli_tables import print_table
+from pipeline.cli_tables import print_table, table_console
 from pipeline.errors import ConfigError
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print it as JSON.")]
@@ -300,7 +299,7 @@ def _print_rows(rows: list[tuple[str, Any]]) -> None:
     for name, value in rows:
         lines = value if isinstance(value, list) else [value]
         table.add_row(f"[bold]{escape(name)}[/bold]", escape("\n".join(map(str, lines)) or "-"))
-    Console().print(table)
+    table_console().print(table)
 
 
 def _print_items(items: Any) -> None:
@@ -316,7 +315,8 @@ def _print_items(items: Any) -> None:
         for item in items
     ]
     headings = ("kind", "key", "what", "bytes", "days unused", "source")
-    print_table(headings, rows, Console(), words=("kind", "key", "what", "source"))
+    if rows:
+        print_table(headings, rows, table_console(), words=("kind", "key", "what", "source"))
 
 
 def _item(item: Any) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Tables that commands print, and what `expert eval` and `expert diff` say."""
 
+import os
+import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,12 @@ if TYPE_CHECKING:
     from pipeline.batch.evaluate import ExpertScore
 
 _MAX_QUESTION_CHARACTERS = 200
+_WIDE = 1000  # columns: nothing that is printed for a pipe or a file is cut or wrapped
+
+
+def table_console() -> Console:
+    """Where tables are printed: as wide as the terminal, or as they are where there is none."""
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _WIDE)
 
 
 def print_table(

@@ -2,7 +2,9 @@
 
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -31,7 +33,7 @@ def start_local(*, num_cpus: int | None = None) -> None:
     # Ray would report its use to its makers; a job on a closed network must not try.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        with native_output_dropped(), loopback_only():
+        with native_output_dropped(), loopback_only(), own_sigterm_kept():
             ray.init(
                 address="local",
                 num_cpus=num_cpus,
@@ -73,6 +75,18 @@ def loopback_only() -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = kept
+
+
+@contextmanager
+def own_sigterm_kept() -> Iterator[None]:
+    """What this program does at SIGTERM stays: `ray.init` puts a handler of its own there, which prints C++ frames.
+
+    Where the program has none, Ray's stays, as it ends what Ray has started.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(before) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

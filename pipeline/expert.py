@@ -91,7 +91,7 @@ class Expert(Asker):
             quantization: `"int8"` or `"int4"` for weights of 8 or 4 bits, or None; see `pipeline.engine.quantization`.
             engine: `"packed"`; or `"padded"`, slower, for a base model that the packed engine refuses.
             cache_dir: Where packages are unpacked; `$EXPERT_CACHE_DIR` or `~/.cache/expert` if None.
-            base_model: The base model's directory or Hugging Face id; found by the manifest's name if None.
+            base_model: The base model's directory or Hugging Face id; looked for here by the manifest's name if None.
             models: Base model names of manifests, and where each is found.
             trust: `"any"`, `"signed"` or `"trusted"`: what is asked of the package's signature; see `open_package`.
             allow_rollback: With `trust="trusted"`, take an older version than was opened before.

@@ -1,6 +1,7 @@
 """The `expert` command: what it prints, and how it fails."""
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from pipeline import demo
 from pipeline.cli import app
+from pipeline.cli_common import errors_on_exit
 from pipeline.demo.questions import draw_questions
 from pipeline.package import open_package
 from pipeline.storage.local import LocalStorage
@@ -89,11 +91,18 @@ def test_packages_are_packed_signed_verified_and_staged(tmp_path: Path, monkeypa
 def test_demo_data_writes_questions(task: demo.Task, tmp_path: Path) -> None:
     parquet, jsonl = tmp_path / "a" / "q.parquet", tmp_path / "q.jsonl"
     assert expert("demo-data", str(parquet), "--rows", "30", "--task", task).exit_code == 0
-    assert expert("demo-data", str(jsonl), "--rows", "30", "--task", task, "--format", "jsonl").exit_code == 0
+    assert expert("demo-data", str(jsonl), "--rows", "30", "--task", task).exit_code == 0
     table = pq.read_table(parquet)
     assert table.column_names == ["id", "schema", "prompt", "expected"]
     assert table.to_pylist() == [json.loads(line) for line in jsonl.read_text().splitlines()]
     assert len(set(table["schema"].to_pylist())) < 30 == len(set(table["id"].to_pylist()))
+    assert expert("demo-data", str(jsonl), "--rows", "30", "--task", task).exit_code == 0, "the same is there already"
+    refused = expert("demo-data", str(jsonl), "--rows", "31", "--task", task)
+    assert refused.exit_code == 2
+    assert "exists, and holds something else" in refused.stderr
+    assert len(jsonl.read_text().splitlines()) == 30
+    assert expert("demo-data", str(jsonl), "--rows", "31", "--task", task, "--overwrite").exit_code == 0
+    assert len(jsonl.read_text().splitlines()) == 31
     assert not list(tmp_path.rglob("*.tmp"))
 
 
@@ -117,6 +126,11 @@ def test_demo_data_writes_questions(task: demo.Task, tmp_path: Path) -> None:
         (["status", "s3://a/b", "--storage-option", "x"], 2, ["ConfigError", "KEY=VALUE", "Fix:"]),
         (["generate"], 2, ["Missing argument"]),
         (["demo-data", "x.parquet", "--rows", "0"], 2, ["--rows"]),
+        (["demo-data", "x.csv"], 2, ["x.csv ends with neither .parquet nor .jsonl"]),
+        (["demo-data", "x.jsonl", "--format", "parquet"], 2, ["x.jsonl does not go with --format parquet"]),
+        (["demo-data", "x.parquet", "--format", "openai"], 2, ["x.parquet does not go with --format openai"]),
+        (["pack", ".", "-o", "x.expert", "--name", "a"], 2, ["ConfigError: --name 'a'", "expert-a"]),
+        (["pack", ".", "-o", "x.expert", "--name", "expert-a", "--version", "1"], 2, ["ConfigError: --version '1'"]),
     ],
 )
 def test_a_mistake_is_told_without_a_traceback(
@@ -128,6 +142,16 @@ def test_a_mistake_is_told_without_a_traceback(
     for words in says:
         assert words in failed.stderr
     assert "Traceback" not in failed.output
+
+
+def test_sigterm_ends_a_command_as_ctrl_c_does(capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(typer.Exit) as ended, errors_on_exit():  # noqa: PT012  # what follows the signal is never reached
+        signal.raise_signal(signal.SIGTERM)
+        pytest.fail("it goes on")
+    assert ended.value.exit_code == 130
+    assert capsys.readouterr().err == "interrupted; what is committed stays, and the same command continues\n"
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_status_and_verification_of_an_output(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import pyarrow as pa
 
-from pipeline.batch.config import ResolvedColumns
+from pipeline.batch.columns import ResolvedColumns
 from pipeline.batch.prepared import PreparedRow
 from pipeline.batch.rows import Row
 from pipeline.batch.shard_stats import ShardStats

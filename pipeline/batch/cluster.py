@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import ray
 import ray.data  # sets up its own logging when imported
 
-from pipeline.cluster import OWN_NAMESPACE, native_output_dropped, silence, start_local
+from pipeline.cluster import OWN_NAMESPACE, native_output_dropped, own_sigterm_kept, silence, start_local
 from pipeline.errors import ClusterError
 
 CONNECT_SECONDS = 2.0
@@ -43,35 +43,43 @@ def connect(address: str | None = None) -> Cluster:
     """
     _silence()
     if not ray.is_initialized():
-        wanted = address or os.environ.get("RAY_ADDRESS") or _started_by_ray_start()
+        named = address or os.environ.get("RAY_ADDRESS")
+        wanted = named or _started_by_ray_start()
         if wanted in (None, "local"):
             start_local()
         else:
-            _join(wanted)
+            _join(wanted, is_named=named is not None)
     resources = ray.cluster_resources()
     is_local = ray.get_runtime_context().namespace == OWN_NAMESPACE
     return Cluster(resources.get("CPU", 0.0), resources.get("GPU", 0.0), is_local)
 
 
-def _join(address: str) -> None:
+def _join(address: str, *, is_named: bool) -> None:
     # Ray itself tries for minutes to reach a cluster that is not there.
     if _HOST_AND_PORT.fullmatch(address) and not _listens(address):
-        raise _no_cluster(address, "nothing listens there")
+        raise _no_cluster(address, "nothing listens there", is_named=is_named)
     try:
-        with native_output_dropped():
+        with native_output_dropped(), own_sigterm_kept():
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
         why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        raise _no_cluster(address, why) from error
+        raise _no_cluster(address, why, is_named=is_named) from error
 
 
-def _no_cluster(address: str, why: str) -> ClusterError:
-    return ClusterError(
-        f"no Ray cluster answers at {address}",
-        details=(why,),
-        hint="Start one with `ray start --head`, correct ray_address or RAY_ADDRESS, or leave both out; "
-        "if the cluster asks for a token, as Ray's do unless told otherwise, set RAY_AUTH_MODE=token.",
+def _no_cluster(address: str, why: str, *, is_named: bool) -> ClusterError:
+    mode = os.environ.get("RAY_AUTH_MODE")
+    token = (
+        "If it was started with RAY_AUTH_MODE=token, set that here, too"
+        if mode != "token"
+        else "If it was started without RAY_AUTH_MODE=token, or for another token, unset it or take that token"
     )
+    if is_named:
+        message = f"no Ray cluster answers at {address}"
+        hint = f"Start one with `ray start --head`, correct ray_address or RAY_ADDRESS, or leave both out. {token}."
+    else:
+        message = f"the Ray cluster that `ray start` began on this machine, at {address}, does not answer"
+        hint = f"{token}. To do without that cluster: ray_address=local."
+    return ClusterError(message, details=(why, f"RAY_AUTH_MODE is {'not set' if mode is None else mode}"), hint=hint)
 
 
 def _listens(address: str) -> bool:

@@ -268,7 +268,9 @@ class JobOutput:
         raise FingerprintError(
             f"{self.storage.url('')} belongs to another job",
             details=differing,
-            hint="Run the command that wrote it, name another output folder, or replace it: --overwrite.",
+            hint="Run the command that wrote it, name another output folder, or replace it: --overwrite."
+            if any(shard_of(name, "part") is not None for name in self.storage.list())
+            else "Nothing is answered there yet: take it for this job with --overwrite, or name another output folder.",
         )
 
     def _check_create_only(self) -> None:

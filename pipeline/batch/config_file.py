@@ -275,7 +275,7 @@ def _read_text(path: Path) -> str:
 def _missing_file(path: Path) -> ConfigError:
     parent = path.parent
     try:
-        names = sorted(entry.name for entry in parent.iterdir() if entry.is_file())
+        names = sorted(entry.name for entry in parent.iterdir() if entry.is_file() and not entry.name.startswith("."))
     except OSError:
         details = [f"there is no folder {printable(str(parent))}"]
     else:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.batch.config import BatchConfig, ResolvedColumns
+from pipeline.batch.columns import ResolvedColumns
+from pipeline.batch.config import BatchConfig
 from pipeline.batch.jsonl_files import json_text
 from pipeline.batch.matching import exact_match, execution_match
 from pipeline.batch.result import BatchResult

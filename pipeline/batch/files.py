@@ -240,7 +240,9 @@ def _siblings(filesystem: Any, path: str) -> list[str]:
     except (OSError, ValueError):
         return [f"its directory is missing too  {parent}"]
     wanted = PurePosixPath(path).name
-    near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.5) or sorted(names)[:3]
+    names = [name for name in names if not is_hidden(name)]
+    alike = [name for name in sorted(names) if PurePosixPath(name).suffix == PurePosixPath(wanted).suffix]
+    near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.5) or alike[:3] or sorted(names)[:3]
     return [f"beside it  {name}" for name in near]
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.batch.answering import UNNAMED, JobExpert, engine_name
+from pipeline.batch.columns import ResolvedColumns, resolve_columns
 from pipeline.batch.commit import JobOutput
-from pipeline.batch.config import BatchConfig, ResolvedColumns, resolve_columns
+from pipeline.batch.config import BatchConfig
 from pipeline.batch.files import is_hidden
 from pipeline.batch.layout import FINGERPRINT_METADATA
 from pipeline.batch.openai_answers import OpenAIRules

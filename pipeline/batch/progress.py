@@ -195,6 +195,7 @@ class BatchReport:
         seconds: Wall-clock seconds by phase (plan, start, run, commit) and in total.
         already_complete: The job was finished before; this run had nothing to do.
         page: Where `report.html` is; None when it could not be written.
+        errors_file: Where every row with an error is listed.
     """
 
     output: str
@@ -210,6 +211,7 @@ class BatchReport:
     already_complete: bool
     errors_by_code: Mapping[str, int] = field(default_factory=dict)
     page: str | None = None
+    errors_file: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values, ready for JSON."""
@@ -219,15 +221,16 @@ class BatchReport:
     def __str__(self) -> str:
         state = " (already complete: nothing was left to do)" if self.already_complete else ""
         codes = ", ".join(f"{code} {count:,}" for code, count in sorted(self.errors_by_code.items()))
+        listed = f", listed in {self.errors_file}" if self.errors and self.errors_file is not None else ""
+        speed = f"{self.rows_per_second:,.1f} rows/s, {self.tokens_per_second:,.0f} generated tokens/s"
         seconds = ", ".join(f"{phase} {value:.1f}" for phase, value in self.seconds.items())
         table = {
             "output": f"{self.output}{state}",
             "rows": f"{self.rows:,} in {self.shards:,} shard{'' if self.shards == 1 else 's'}, "
             f"{self.rows_this_run:,} answered by this run",
-            "errors": f"{self.errors:,}" + (f" ({codes})" if codes else ""),
+            "errors": f"{self.errors:,}" + (f" ({codes})" if codes else "") + listed,
             "tokens": f"{self.prompt_tokens:,} prompt, {self.completion_tokens:,} generated",
-            "speed": f"{self.rows_per_second:,.1f} rows/s, {self.tokens_per_second:,.0f} generated tokens/s",
-            "seconds": seconds,
+            **({} if self.already_complete else {"speed": speed, "seconds": seconds}),
             **({} if self.page is None else {"report": self.page}),
         }
         return "\n".join(f"{name:<8} {value}" for name, value in table.items())

@@ -14,7 +14,7 @@ from pipeline.batch.drive import drive
 from pipeline.batch.execute import RunCounts, quiet
 from pipeline.batch.files import format_of
 from pipeline.batch.job_count import per_second
-from pipeline.batch.layout import INPUT
+from pipeline.batch.layout import ERRORS, INPUT, VIEWS
 from pipeline.batch.lease import hold
 from pipeline.batch.manifest import check_parts
 from pipeline.batch.plan import OpenExperts, PreparedJob, open_experts, prepare
@@ -129,6 +129,7 @@ def _run(config: BatchConfig, opened: OpenExperts, phases: Phases, *, progress: 
         seconds=seconds,
         already_complete=answered is None,
         page=page,
+        errors_file=job.output.storage.url(VIEWS[1] if config.format == "openai" else ERRORS),
     )
     return BatchResult(job, manifest, report)
 

@@ -1,5 +1,6 @@
 """The demo dataset: held-out questions with their right answers, as rows of a file."""
 
+import filecmp
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +20,7 @@ from pipeline.errors import ConfigError
 
 QuestionFormat = Literal["parquet", "jsonl", "openai"]
 ROWS_PER_GROUP = 2048
+_FORMATS: dict[str, QuestionFormat] = {".parquet": "parquet", ".jsonl": "jsonl"}
 ROW_SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "schema", "prompt", "expected")])
 
 
@@ -56,18 +58,27 @@ def draw_questions(task: Task, rows: int, *, seed: int = 1) -> Iterator[Question
 
 
 def write_questions(
-    path: Path, rows: int, *, task: Task = "sql", seed: int = 1, file_format: QuestionFormat = "parquet"
+    path: Path,
+    rows: int,
+    *,
+    task: Task = "sql",
+    seed: int = 1,
+    file_format: QuestionFormat | None = None,
+    overwrite: bool = False,
 ) -> Path:
-    """Write a demo dataset with the columns id, schema, prompt and expected; an existing file is replaced.
+    """Write a demo dataset with the columns id, schema, prompt and expected.
 
     Args:
-        path: Where to; the file appears whole or not at all.
+        path: Where to; the file appears whole or not at all. One that holds the same already stays as it is.
         rows: How many questions.
         task, seed: See `draw_questions`.
-        file_format: `"parquet"`, `"jsonl"`, or `"openai"` for a batch file of OpenAI's API, which has no answers.
+        file_format: `"parquet"`, `"jsonl"`, or `"openai"` for a batch file of OpenAI's API, which has no answers; None
+            for what the file's name says.
+        overwrite: Replace a file that holds something else.
 
     Raises:
-        ConfigError: `rows` is not positive, or the file cannot be written.
+        ConfigError: `rows` is not positive, the name goes with no format or with another one, the file holds something
+            else, or it cannot be written.
     """
     if rows < 1:
         raise ConfigError(f"rows is {rows}", hint="Give the number of questions to make, at least 1.")
@@ -76,10 +87,16 @@ def write_questions(
         "jsonl": _write_jsonl,
         "openai": partial(_write_openai, task),
     }
+    write = writers[_format(path, file_format)]
     fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        writers[file_format](fresh, draw_questions(task, rows, seed=seed))
+        write(fresh, draw_questions(task, rows, seed=seed))
+        if path.is_file() and not overwrite and not filecmp.cmp(fresh, path, shallow=False):
+            raise ConfigError(
+                f"{path} exists, and holds something else than these {rows:,} questions",
+                hint="Name another file, or replace this one: --overwrite (overwrite=True).",
+            )
         fresh.replace(path)
     except OSError as error:
         raise ConfigError(
@@ -88,6 +105,14 @@ def write_questions(
     finally:
         fresh.unlink(missing_ok=True)
     return path
+
+
+def _format(path: Path, wanted: QuestionFormat | None) -> QuestionFormat:
+    by_name = _FORMATS.get(path.suffix)
+    if by_name is None or (wanted is not None and (wanted == "parquet") != (by_name == "parquet")):
+        told = "ends with neither .parquet nor .jsonl" if by_name is None else f"does not go with --format {wanted}"
+        raise ConfigError(f"the name {path} {told}", hint="Name a .parquet file, or a .jsonl file (jsonl and openai).")
+    return wanted or by_name
 
 
 def _write_parquet(path: Path, questions: Iterable[Question]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from pipeline.errors import BaseModelError, LoadError
 from pipeline.package.cache import default_cache_dir
@@ -78,8 +79,9 @@ def find_base_model(
     """Find an expert's base model.
 
     Tried in this order: `base_model`; `models`; `$EXPERT_MODELS_DIR/<last part of the name>`; a directory of exactly
-    the manifest's name; the Hugging Face Hub. What a person names (`base_model`, `models`) is used or refused, never
-    passed over.
+    the manifest's name; the Hugging Face cache of this machine. What a person names (`base_model`, `models`) is used or
+    refused, never passed over, and downloaded from the Hugging Face Hub where it is an id; a manifest, which may be a
+    stranger's, downloads nothing.
 
     Args:
         spec: The base model as the manifest describes it.
@@ -107,12 +109,14 @@ def find_base_model(
     if not os.environ.get(MODELS_DIR_VARIABLE):
         tried.append(f"${MODELS_DIR_VARIABLE} is not set")
     of = f" of {package}" if package else ""
-    raise BaseModelError(
-        f"the base model {spec.name!r}{of} was not found",
-        hint=f"Name its directory with base_model= (--base-model), or set {MODELS_DIR_VARIABLE} to a directory that "
-        f"holds {spec.short_name!r}.",
-        details=tried,
+    hub_id = _hub_id(spec.name)
+    hint = (
+        f"Name its directory with base_model= (--base-model), or set {MODELS_DIR_VARIABLE} to a directory that holds "
+        f"{spec.short_name!r}."
     )
+    if hub_id is not None and base_model is None:
+        hint += f" To download it: base_model={hub_id!r} (--base-model {hub_id})."
+    raise BaseModelError(f"the base model {spec.name!r}{of} was not found", hint=hint, details=tried)
 
 
 def local_base_model(
@@ -181,7 +185,13 @@ def _try(
     if hub_id is None or folder.is_dir():
         return None
     try:
-        snapshot = Path(snapshot_download(hub_id, allow_patterns=_DOWNLOADED))
+        snapshot = Path(snapshot_download(hub_id, allow_patterns=_DOWNLOADED, local_files_only=not is_named))
+    except LocalEntryNotFoundError:
+        why = "not in the cache of this machine" + (
+            ", and no hub is reached" if is_named else "; nothing is downloaded"
+        )
+        tried.append(f"{origin} Hugging Face {hub_id}: {why}")
+        return None
     except Exception as problem:  # noqa: BLE001  # the client also lets errors of its network library through
         first = next(iter(str(problem).splitlines()), "")
         tried.append(f"{origin} Hugging Face {hub_id}: {type(problem).__name__}: {first}")
@@ -211,7 +221,7 @@ def model_files(folder: Path) -> list[Path]:
 def why_no_model(folder: Path) -> str | None:
     """Why a directory is no model; None when it is one."""
     if not folder.is_dir():
-        return "no such directory"
+        return "a file, not a directory" if folder.is_file() else "no such directory"
     if not (folder / "config.json").is_file():
         return "holds no config.json"
     if not _weights(folder):

@@ -1,11 +1,13 @@
 """Manifests for `pack`: read from a file, or drafted from what an adapter's directory says of itself."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import AdapterError, ConfigError, ManifestError
 from pipeline.package.adapter import CONFIG_NAME, MAX_CONFIG_BYTES, read_adapter_config
 from pipeline.package.json_text import read_json
+from pipeline.package.manifest import is_name, is_version
 from pipeline.package.manifest_reader import MAX_MANIFEST_BYTES
 
 
@@ -33,8 +35,16 @@ def draft_manifest(
 
     Raises:
         AdapterError: The config cannot be used, or names no base model and none is given.
-        ConfigError: There is none.
+        ConfigError: There is none, or the name or version is not of the form that manifests have.
     """
+    if not is_name(name):
+        raise ConfigError(
+            f"--name {name!r} is no name of an expert",
+            hint="It begins with expert- and has small letters, digits and hyphens, such as "
+            f"expert-{re.sub('[^a-z0-9]+', '-', name.lower().removeprefix('expert')).strip('-') or 'mine'}.",
+        )
+    if not is_version(version):
+        raise ConfigError(f"--version {version!r} is no semantic version", hint="Write for example 0.3.0.")
     data = _bytes(directory / CONFIG_NAME)
     config, _ = read_adapter_config(data, source=directory.name)
     raw = read_json(data, name=CONFIG_NAME, error=AdapterError, max_bytes=MAX_CONFIG_BYTES).value

@@ -28,14 +28,24 @@ _VERSION = re.compile(r"[0-9]+\.[0-9]+\.[0-9]+(?:-[0-9A-Za-z.-]+)?(?:\+[0-9A-Za-
 AdapterType = Literal["lora", "dora", "ia3", "lokr", "adalora"]
 
 
+def is_name(text: str) -> bool:
+    """Whether a text is of the form that names of experts have: `expert-...`."""
+    return _NAME.fullmatch(text) is not None
+
+
+def is_version(text: str) -> bool:
+    """Whether a text is a semantic version, such as `0.3.0`."""
+    return _VERSION.fullmatch(text) is not None
+
+
 def _expert_name(value: str) -> str:
-    if not _NAME.fullmatch(value):
+    if not is_name(value):
         raise PydanticCustomError("name", "Input should match expert-[a-z0-9-]+")
     return value
 
 
 def _semantic_version(value: str) -> str:
-    if not _VERSION.fullmatch(value):
+    if not is_version(value):
         raise PydanticCustomError("version", "Input should be a semantic version such as 0.3.0")
     return value
 

@@ -127,7 +127,7 @@ def plan_service(config: ServeConfig) -> ServicePlan:
             raise ConfigError(
                 f"two experts are named {name}" if name != AUTO else f"an expert is named {AUTO}",
                 details=[entry.package for entry in config.experts if entry.name in (name, None)],
-                hint="Give one of them another name: experts[].name.",
+                hint="Leave one out, or give it another name in a configuration: experts[].name.",
             )
         request_defaults(package, {})
         base = fitting_base_model(

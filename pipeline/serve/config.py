@@ -221,7 +221,7 @@ def check_exposure(host: str, *, is_open: bool) -> None:
     if is_open and not is_loopback(host):
         raise ConfigError(
             f"host {host} lets other machines ask, and there are no API keys",
-            hint="Set keys.hashes (or the environment variable of keys.variable), or listen on 127.0.0.1.",
+            hint="Set EXPERT_API_KEYS to name=sha256 (or keys.hashes in a configuration), or listen on 127.0.0.1.",
         )
 
 

@@ -79,6 +79,10 @@ def test_the_same_work_leaves_the_same_bytes(tmp_path):
 def test_another_job_is_refused_field_by_field(output):
     output.begin()
     other = {"seed": 7, "sampling": {"temperature": 0.0, "stop": ["x"]}, "grammar": None}
+    with pytest.raises(FingerprintError) as early:
+        replace(output, fingerprint=other, num_shards=4).begin()
+    assert early.value.hint.startswith("Nothing is answered there yet: take it for this job with --overwrite")
+    output.commit(0, part("0", output.kind))
     with pytest.raises(FingerprintError) as caught:
         replace(output, fingerprint=other, num_shards=4).begin()
     assert str(caught.value) == (

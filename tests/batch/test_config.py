@@ -13,7 +13,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from pipeline.batch.config import BatchConfig, ColumnsConfig, ResolvedColumns, resolve_columns
+from pipeline.batch.columns import ResolvedColumns, resolve_columns
+from pipeline.batch.config import BatchConfig, ColumnsConfig
 from pipeline.batch.config_file import MAX_COMPLAINTS, MAX_FILE_BYTES, load_config
 from pipeline.batch.sampling_config import SamplingColumnsConfig, SamplingConfig
 from pipeline.engine.requests import OPTION_NAMES
@@ -443,6 +444,10 @@ def test_missing_file_names_the_nearest(tmp_path: Path, write: Write) -> None:
     with pytest.raises(ConfigError, match="does not exist") as caught:
         load_config(tmp_path / "nowhere" / "job.yaml")
     assert caught.value.details == (f"there is no folder {tmp_path / 'nowhere'}",)
+    (tmp_path / ".hidden.yaml").touch()
+    with pytest.raises(ConfigError, match="does not exist") as caught:
+        load_config(tmp_path / "quite-another.yaml")
+    assert caught.value.details == (f"near it: {tmp_path / 'job.yaml'}",)
 
 
 def test_folder_huge_file_and_bad_name_are_refused(tmp_path: Path, write: Write) -> None:
@@ -688,12 +693,28 @@ def test_missing_columns_are_named_with_the_nearest() -> None:
 
 @pytest.mark.parametrize(
     ("available", "listed"),
-    [(["text", "id"], "text, id"), ([], "none"), ([f"c{n}" for n in range(50)], "c39, and 10 more")],
+    [(["text", "id"], "text, id"), ([f"c{n}" for n in range(50)], "c39, and 10 more")],
 )
 def test_dataset_without_prompts_is_refused(available: list[str], listed: str) -> None:
     with pytest.raises(DatasetError, match="neither a column `prompt` nor a column `messages`") as caught:
         resolve_columns(ColumnsConfig(), available)
     assert caught.value.details[0].endswith(listed)
+
+
+def test_an_empty_dataset_is_told_to_be_one() -> None:
+    for named in (ColumnsConfig(), BatchConfig.from_options(**REQUIRED, columns={"prompt": "question"}).columns):
+        with pytest.raises(DatasetError, match="the dataset is empty: it has no columns"):
+            resolve_columns(named, [])
+
+
+@pytest.mark.parametrize(
+    ("header", "told"), [("id;prompt", "semicolons"), ("id\tprompt", "tabs"), ("id|prompt", "bars"), ("id", None)]
+)
+def test_a_csv_with_other_separators_is_told_to_have_them(header: str, told: str | None) -> None:
+    with pytest.raises(DatasetError, match="neither a column") as caught:
+        resolve_columns(ColumnsConfig(), [header])
+    assert ("write the CSV with commas" in caught.value.hint) == (told is not None)
+    assert told is None or told in caught.value.hint
 
 
 def test_a_batch_file_of_openai_is_told_to_be_one() -> None:

@@ -3,7 +3,7 @@
 import pyarrow as pa
 import pytest
 
-from pipeline.batch.config import ResolvedColumns
+from pipeline.batch.columns import ResolvedColumns
 from pipeline.batch.evaluate import MAX_SAMPLES, NO_EXPERT, ExpertScore, score_tables, total_score
 
 SCHEMA = "CREATE TABLE t (id INT, a INT);"

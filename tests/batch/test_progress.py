@@ -318,6 +318,15 @@ def test_report_of_a_finished_job_says_so() -> None:
     again = replace(REPORT, already_complete=True, rows_this_run=0, errors=0, errors_by_code={})
     assert str(again).splitlines()[0] == "output   answers/ (already complete: nothing was left to do)"
     assert str(again).splitlines()[2] == "errors   0"
+    assert not any(line.startswith(("speed", "seconds")) for line in str(again).splitlines()), "nothing was measured"
+
+
+def test_report_says_where_rows_with_errors_are_listed() -> None:
+    listed = replace(REPORT, errors_file="answers/_errors.jsonl")
+    assert str(listed).splitlines()[2] == (
+        "errors   3 (invalid_request 1, prompt_too_long 2), listed in answers/_errors.jsonl"
+    )
+    assert "listed" not in str(replace(listed, errors=0, errors_by_code={}))
 
 
 def test_report_says_where_its_page_is() -> None:

@@ -111,6 +111,14 @@ def test_a_near_miss_is_named(folder):
     assert "beside it  a.jsonl" in caught.value.details
 
 
+def test_files_of_the_same_kind_are_named_where_nothing_is_alike(tmp_path):
+    for name in ("answers", "model", "out", "questions-2000.parquet", ".q.parquet"):
+        (tmp_path / name).touch()
+    with pytest.raises(DatasetError) as caught:
+        find_files(tmp_path / "input.parquet")
+    assert caught.value.details == ("beside it  questions-2000.parquet",)
+
+
 def test_a_directory_without_data_files(tmp_path):
     (tmp_path / "_SUCCESS").touch()
     with pytest.raises(DatasetError, match="holds no data files") as caught:

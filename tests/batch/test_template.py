@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.batch.config import BatchConfig, ColumnsConfig, resolve_columns
+from pipeline.batch.columns import resolve_columns
+from pipeline.batch.config import BatchConfig, ColumnsConfig
 from pipeline.batch.template import PromptTemplate
 from pipeline.errors import ConfigError, DatasetError, InvalidRequestError
 

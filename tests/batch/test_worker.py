@@ -14,8 +14,9 @@ import pytest
 
 from pipeline.batch.answering import UNNAMED, Answering, EngineJob, JobExpert, LoadedEngine, Loader
 from pipeline.batch.blocks import run_blocks
+from pipeline.batch.columns import ResolvedColumns, resolve_columns
 from pipeline.batch.commit import JobOutput
-from pipeline.batch.config import ColumnsConfig, ResolvedColumns, resolve_columns
+from pipeline.batch.config import ColumnsConfig
 from pipeline.batch.openai_answers import OpenAIRules
 from pipeline.batch.parts import PartFormat, plan_part_format
 from pipeline.batch.receipts import Receipt

@@ -1,8 +1,10 @@
 """A real Ray of two cores, started once for the tests of this folder and ended with them."""
 
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -14,6 +16,11 @@ from tests.e2e.heads import Head, ray_head
 ROWS = 200
 
 
+def end_tests(number: int, frame: FrameType | None) -> None:
+    """What the tests do at SIGTERM; Ray leaves it as it is."""
+    raise KeyboardInterrupt
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
     import ray
@@ -23,9 +30,11 @@ def cluster() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
         patch.setenv("RAY_metrics_report_interval_ms", "1000")
+        before = signal.signal(signal.SIGTERM, end_tests)
         connect("local")
         yield
         ray.shutdown()
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="module")  # it listens as Ray does, which is not what tests of our own clusters should find

@@ -2,11 +2,14 @@
 
 import logging
 import os
+import signal
 import socket
 
 import pytest
 
-from pipeline.batch.cluster import RAY_DATA_CONSOLE, connect
+from pipeline.batch.cluster import RAY_DATA_CONSOLE, _join, connect
+from pipeline.errors import ClusterError
+from tests.e2e.conftest import end_tests
 from tests.e2e.processes import BIN, LOOPBACK, descendants, listening_addresses, run
 
 
@@ -19,6 +22,11 @@ def test_it_listens_on_loopback_only() -> None:
     assert addresses <= LOOPBACK
     assert connect().is_local
     assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ, "what it changed to start is changed back"
+
+
+@pytest.mark.usefixtures("cluster")
+def test_what_a_program_does_at_sigterm_stays() -> None:
+    assert signal.getsignal(signal.SIGTERM) is end_tests
 
 
 @pytest.mark.usefixtures("cluster")
@@ -43,3 +51,22 @@ def test_a_cluster_that_is_asked_for_and_gone_is_an_error() -> None:
     assert done.returncode != 0
     assert "ClusterError: no Ray cluster answers at" in done.stderr
     assert "Start one with `ray start --head`" in done.stderr
+
+
+def test_a_cluster_that_is_found_and_does_not_answer_is_not_called_one_that_was_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    with pytest.raises(ClusterError, match="the Ray cluster that `ray start` began on this machine") as found:
+        _join(address, is_named=False)
+    assert found.value.details == ("nothing listens there", "RAY_AUTH_MODE is not set")
+    assert "with RAY_AUTH_MODE=token, set that here, too" in found.value.hint
+    assert "ray_address=local" in found.value.hint
+    assert "leave both out" not in found.value.hint
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    with pytest.raises(ClusterError) as asked:
+        _join(address, is_named=False)
+    assert "started without RAY_AUTH_MODE=token, or for another token" in asked.value.hint

@@ -11,7 +11,8 @@ import ray
 from pipeline import demo, run_batch
 from pipeline.batch.answering import EngineJob, JobExpert, Loader, load_engine
 from pipeline.batch.cluster import Cluster
-from pipeline.batch.config import BatchConfig, ColumnsConfig, resolve_columns
+from pipeline.batch.columns import resolve_columns
+from pipeline.batch.config import BatchConfig, ColumnsConfig
 from pipeline.batch.execute import answered_shards, execute, plan_reading, plan_workers, worker_job
 from pipeline.batch.layout import JOB
 from pipeline.batch.plan import open_experts, prepare

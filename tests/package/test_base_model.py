@@ -5,7 +5,10 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -74,6 +77,7 @@ def test_what_a_person_names_is_never_passed_over(tmp_path: Path, monkeypatch: p
     model(tmp_path / "models" / "Tiny-1B")
     monkeypatch.setenv("EXPERT_MODELS_DIR", str(tmp_path / "models"))
     missing = tmp_path / "missing"
+    assert tried(spec(), base_model=Path(__file__)) == (f"base_model= {__file__}: a file, not a directory",)
     assert tried(spec(), base_model=missing) == (f"base_model= {missing}: no such directory",)
     assert tried(spec(), models={"Tiny-1B": str(missing)}) == (f"models['Tiny-1B'] {missing}: no such directory",)
 
@@ -99,31 +103,69 @@ spec = BaseModelSpec.model_validate({"name": sys.argv[1], "adapters": [{"type": 
 try:
     print(json.dumps(str(resolve_base_model(spec, base_model=sys.argv[2] or None))))
 except BaseModelError as error:
-    print(json.dumps(error.details))
+    print(json.dumps([*error.details, error.hint]))
 """
 
 
-def from_hub(home: Path, name: str, base_model: str = "") -> str | list[str]:
-    """Resolve with a Hugging Face cache that was filled before, offline, in a process of its own."""
-    environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+@pytest.fixture(scope="module")
+def hub() -> Iterator[tuple[str, list[str]]]:
+    """A model hub of this machine that has nothing: its address, and the paths that it was asked for."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # the name of the base class
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+        thread.join()
+
+
+def from_hub(home: Path, hub: str, name: str, base_model: str = "") -> str | list[str]:
+    """Resolve with a Hugging Face cache that was filled before, and a hub, in a process of its own."""
+    environment = {**os.environ, "HF_HOME": str(home), "HF_ENDPOINT": hub, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment["HF_HUB_OFFLINE"] = "0"
     command = [sys.executable, "-c", HUB_SCRIPT, name, base_model]
     done = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, check=True, timeout=120)
     found: str | list[str] = json.loads(done.stdout)
     return found
 
 
-def test_hub_ids_are_looked_up_in_the_hub(tmp_path: Path) -> None:
+def test_a_manifest_finds_what_is_in_the_hubs_cache_and_downloads_nothing(
+    tmp_path: Path, hub: tuple[str, list[str]]
+) -> None:
+    address, asked = hub
     repo = tmp_path / "hub" / "models--Qwen--Qwen9-Tiny"
     snapshot = model(repo / "snapshots" / ("a" * 40))
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text("a" * 40)
     for name in ("Qwen/Qwen9-Tiny", "Qwen9-Tiny"):
-        assert from_hub(tmp_path, name) == str(snapshot)
-    assert from_hub(tmp_path, "F:/x/Other", "Qwen/Qwen9-Tiny") == str(snapshot)
-    told = from_hub(tmp_path, "Tiny-1B", "org/Missing")
+        assert from_hub(tmp_path, address, name) == str(snapshot)
+    told = from_hub(tmp_path, address, "Qwen8-Tiny")
+    assert told[1] == (
+        "the manifest's name Hugging Face Qwen/Qwen8-Tiny: not in the cache of this machine; nothing is downloaded"
+    )
+    assert told[-1].endswith("To download it: base_model='Qwen/Qwen8-Tiny' (--base-model Qwen/Qwen8-Tiny).")
+    assert not any("Hugging Face" in line or "download" in line for line in from_hub(tmp_path, address, "Tiny-1B"))
+    assert asked == []
+
+
+def test_what_a_person_names_is_asked_of_the_hub(tmp_path: Path, hub: tuple[str, list[str]]) -> None:
+    address, asked = hub
+    told = from_hub(tmp_path, address, "Tiny-1B", "org/Missing")
     assert told[0] == "base_model= org/Missing: no such directory"
     assert told[1].startswith("base_model= Hugging Face org/Missing: ")
-    assert not any("Hugging Face" in line for line in from_hub(tmp_path, "Tiny-1B"))
+    assert any("org/Missing" in path for path in asked)
 
 
 def test_the_weights_digest(tmp_path: Path) -> None:
