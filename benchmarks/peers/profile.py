@@ -20,7 +20,7 @@ from torch import nn
 
 from pipeline.engine.loader import load_base_model, load_tokenizer
 from pipeline.engine.runner import Runner
-from pipeline.engine.runtime import STEP_TOKENS
+from pipeline.engine.runtime import step_tokens
 from pipeline.engine.sequence import start
 from pipeline.engine.step_engine import StepEngine
 from pipeline.engine.stopping import StopRules
@@ -97,6 +97,7 @@ class Profiler:
         self._prompts = [(tuple(row["prompt"]), row["prefix_length"]) for row in job["rows"]]
         self._numbers = itertools.count()
         self._context_length = base.context_length
+        self._step_tokens = step_tokens(base.device)
 
     def decode(self, num_rows: int) -> dict[str, Any]:
         """Steps of so many sequences with prompts of the workload, one token each."""
@@ -112,12 +113,12 @@ class Profiler:
         rounds = []
         for _ in range(2 * _STEPS):
             loop = self._loop()
-            pieces = [(self._distinct(STEP_TOKENS // PREFILL_PROMPTS), 0) for _ in range(PREFILL_PROMPTS)]
+            pieces = [(self._distinct(self._step_tokens // PREFILL_PROMPTS), 0) for _ in range(PREFILL_PROMPTS)]
             self._add(loop, pieces)
             rounds.append(loop)
         seconds, profiled, parts = self._measured(rounds)
         return {
-            "tokens": STEP_TOKENS,
+            "tokens": self._step_tokens,
             "rows": PREFILL_PROMPTS,
             "seconds": seconds,
             "profiled_seconds": profiled,
@@ -137,7 +138,9 @@ class Profiler:
 
     def _loop(self) -> StepEngine:
         self._runner.clear()
-        return StepEngine(self._runner, self._context_length, max_running=max(DECODE_ROWS), max_step_tokens=STEP_TOKENS)
+        return StepEngine(
+            self._runner, self._context_length, max_running=max(DECODE_ROWS), max_step_tokens=self._step_tokens
+        )
 
     def _add(self, loop: StepEngine, prompts: Sequence[tuple[tuple[int, ...], int]]) -> list[Any]:
         params = SamplingParams(max_tokens=_ANSWER, ignore_eos=True)

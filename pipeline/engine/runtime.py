@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from pipeline.engine.adapters import AdapterBank
 from pipeline.engine.foreign import MEMORY_HINT, memory_told
 from pipeline.engine.loader import load_base_model, load_tokenizer, merge_adapter
@@ -22,7 +24,8 @@ EngineName = Literal["packed", "padded"]
 ENGINES: tuple[EngineName, ...] = ("packed", "padded")
 NO_ROOM = "there is too little memory on the device for the engine"
 ROOM_HINT = f"Lower kv_cache_bytes or batch_size. {MEMORY_HINT}"
-STEP_TOKENS = 1024  # of the packed engine, at most, unless told otherwise
+STEP_TOKENS = {"cuda": 8192}  # of the packed engine, at most, unless told otherwise, by device
+OTHER_STEP_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def load_expert(
             base,
             tokenizer,
             batch_size=batch_size,
-            max_batch_tokens=max_batch_tokens or STEP_TOKENS,
+            max_batch_tokens=max_batch_tokens or step_tokens(base.device),
             kv_cache_bytes=kv_cache_bytes,
         )
         positions = {name: made.add_soft_prompt(prompt) for name, prompt in soft_prompts.items()}
@@ -235,7 +238,7 @@ def load_engine(
         tokenizer,
         bank=AdapterBank(base, max_adapters=max_resident),
         batch_size=batch_size,
-        max_batch_tokens=max_batch_tokens or STEP_TOKENS,
+        max_batch_tokens=max_batch_tokens or step_tokens(base.device),
         kv_cache_bytes=kv_cache_bytes,
         use_triton=use_triton,
     )
@@ -243,6 +246,11 @@ def load_engine(
         if made.bank is not None:
             made.bank.load(name, package)
     return made
+
+
+def step_tokens(device: torch.device) -> int:
+    """At most so many tokens are computed in a step of the packed engine, unless told otherwise."""
+    return STEP_TOKENS.get(device.type, OTHER_STEP_TOKENS)
 
 
 def _check_engine(engine: str) -> None:

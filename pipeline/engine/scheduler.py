@@ -134,10 +134,19 @@ class Scheduler:
         max_step_tokens: At most this many tokens are computed in a step.
         max_idle_tokens: At most this many tokens of prefixes are kept that no sequence uses; a quarter of `num_tokens`
             if None.
+        refill_share: Once no more could be admitted, none is until this share of those that ran has left, or there is
+            room for all that wait. For devices on which a step with a prompt in it costs much more than one without:
+            prompts come together then. 0 admits whenever one fits.
     """
 
     def __init__(
-        self, num_tokens: int, *, max_running: int, max_step_tokens: int, max_idle_tokens: int | None = None
+        self,
+        num_tokens: int,
+        *,
+        max_running: int,
+        max_step_tokens: int,
+        max_idle_tokens: int | None = None,
+        refill_share: float = 0.0,
     ) -> None:
         self.slots = SlotTable(num_tokens)
         self.max_running = max_running
@@ -153,6 +162,8 @@ class Scheduler:
         self._favoured: deque[Entry] = deque()  # mates of the last that was the oldest, which go before others
         self._num_favours = 0
         self._is_favour = False  # whether the next one is admitted as a mate
+        self._refill_share = refill_share
+        self._num_when_full = 0  # how many ran when no more could be admitted; 0 while more can be
 
     @property
     def num_waiting(self) -> int:
@@ -217,9 +228,10 @@ class Scheduler:
         for entry in list(self.running):
             if budget > 0 and entry.slot is not None:  # another's growth may have taken it
                 budget -= self._plan(entry, budget, step, planned)
-        while budget > 0 and len(self.running) < self.max_running:
+        while budget > 0 and self._may_admit():
             found = self._next()
             if found is None or not self._admit(found, step):
+                self._num_when_full = 0 if found is None else len(self.running)
                 break
             if not found.is_done:  # it may be too large
                 budget -= self._plan(found, budget, step, planned)
@@ -227,6 +239,19 @@ class Scheduler:
         step.chunks.sort(key=lambda chunk: _place(chunk, ranks))
         step.freed = self.slots.take_freed()
         return step
+
+    def _may_admit(self) -> bool:
+        """Whether sequences that wait may get slots in this step."""
+        num_running = len(self.running)
+        if num_running >= self.max_running:
+            self._num_when_full = num_running
+            return False
+        if self._num_when_full and num_running:
+            room = self._num_when_full - num_running
+            if room < min(self._num_when_full * self._refill_share, self._num_waiting):
+                return False
+        self._num_when_full = 0
+        return True
 
     def _plan(self, entry: Entry, budget: int, step: Step, planned: set[Prefix]) -> int:
         """Plan the next tokens of a running sequence, of its prefix first; how many."""

@@ -18,6 +18,9 @@ from pipeline.errors import AdapterError, ExpertError, InvalidRequestError, OutO
 
 logger = logging.getLogger(__name__)
 
+# A step with a prompt in it is not replayed: on an H200, 36 ms for the 0.6B shape where a replayed one takes 4.
+REFILL_SHARE = 0.25
+
 
 class StepEngine:
     """Answers many sequences together, a token of each at a step.
@@ -43,7 +46,12 @@ class StepEngine:
         self._runner = runner
         self._bank = bank
         self._context_length = context_length
-        self.scheduler = Scheduler(runner.cache.num_tokens, max_running=max_running, max_step_tokens=max_step_tokens)
+        self.scheduler = Scheduler(
+            runner.cache.num_tokens,
+            max_running=max_running,
+            max_step_tokens=max_step_tokens,
+            refill_share=0.0 if runner.graphs is None else REFILL_SHARE,
+        )
         self.num_tokens_computed = 0  # since the beginning, recomputed ones counted again
         self._num_steps = 0
         self._num_generated = 0

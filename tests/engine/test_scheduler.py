@@ -124,6 +124,7 @@ class History:
             self.num_tokens,
             max_running=draw.choice([1, 2, 3, 5, 8]),
             max_step_tokens=draw.choice([1, 3, 8, 20, 50, 300]),
+            refill_share=draw.choice([0.0, 0.0, 0.25, 0.6]),
         )
         self.stems = [tuple(draw.choices(range(1000), k=draw.randint(16, 70))) for _ in range(draw.randint(1, 3))]
         self.failing = draw.choice([0, 0, 0.01, 0.05])  # of the steps
@@ -315,6 +316,42 @@ def test_no_more_run_than_may() -> None:
     assert [chunk.owner for chunk in run(scheduler).chunks] == entries[:2]
     assert [chunk.owner for chunk in run(scheduler).chunks] == entries[2:]
     assert not scheduler.has_work
+
+
+def steps_with_prompts(limits: dict[str, int], refill_share: float) -> int:
+    scheduler = Scheduler(
+        **({"num_tokens": 9_999, "max_running": 99, "max_step_tokens": 500} | limits), refill_share=refill_share
+    )
+    entries = [entry_of(4, max_tokens=2 + at) for at in range(60)]
+    scheduler.add(entries)
+    found = 0
+    while scheduler.has_work:
+        found += any(chunk.start == 0 for chunk in run(scheduler).chunks)
+    assert all(entry.num_generated == entry.max_tokens for entry in entries)
+    return found
+
+
+@pytest.mark.parametrize("limits", [{"max_running": 16}, {"num_tokens": 1_500}])
+def test_once_full_it_is_refilled_by_several_together(limits: dict[str, int]) -> None:
+    assert steps_with_prompts(limits, refill_share=0.25) * 2 < steps_with_prompts(limits, refill_share=0.0)
+
+
+def test_those_that_wait_are_admitted_when_a_quarter_has_left_or_all_fit() -> None:
+    scheduler = Scheduler(9_999, max_running=8, max_step_tokens=500, refill_share=0.25)
+    scheduler.add([entry_of(4, max_tokens=2 + at) for at in range(11)])
+    running = []
+    while scheduler.has_work:
+        run(scheduler)
+        running.append(len(scheduler.running))
+    assert running[:6] == [8, 7, 6, 7, 7, 6]  # after each step: two come in the fourth, the last one in the fifth
+
+
+def test_whoever_comes_while_there_is_room_does_not_wait() -> None:
+    scheduler = Scheduler(9_999, max_running=8, max_step_tokens=500, refill_share=0.25)
+    for _ in range(7):
+        scheduler.add([entry_of(4, max_tokens=50)])
+        assert run(scheduler).chunks[-1].start == 0
+        assert scheduler.num_waiting == 0
 
 
 def test_the_youngest_wait_when_fewer_may_run_from_now_on() -> None:
