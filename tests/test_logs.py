@@ -1,6 +1,8 @@
 """`EXPERT_LOG` asks for a log; without it there is none."""
 
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,3 +55,10 @@ def test_the_device_is_logged_and_a_gpu_that_is_not_used_warned_of_once(
     devices.choose_device()
     assert caplog.text.count("there is an NVIDIA GPU, and answers come from the CPU") == 1
     devices._warn_of_unused_gpu.cache_clear()
+
+
+def test_a_storage_client_prints_nothing_of_its_own() -> None:
+    """Python prints what a logger without handlers says; a failure comes back as an error of ours."""
+    code = "import logging, pipeline.storage; logging.getLogger('gcsfs').error('out of retries')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stderr == ""

@@ -58,12 +58,24 @@ def _join(address: str, *, is_named: bool) -> None:
     # Ray itself tries for minutes to reach a cluster that is not there.
     if _HOST_AND_PORT.fullmatch(address) and not _listens(address):
         raise _no_cluster(address, "nothing listens there", is_named=is_named)
+    if not is_named:
+        _take_token()
     try:
         with native_output_dropped(), own_sigterm_kept():
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
         why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         raise _no_cluster(address, why, is_named=is_named) from error
+
+
+def _take_token() -> None:
+    """Ask with this person's token, where there is one and RAY_AUTH_MODE says nothing.
+
+    `ray start` does so, and `ray.init` for the address "auto", but not for the one that "auto" stands for.
+    """
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
 def _no_cluster(address: str, why: str, *, is_named: bool) -> ClusterError:

@@ -1,5 +1,6 @@
 """Paths and URLs to file systems, and foreign errors to ours: the boundary to fsspec."""
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,6 +10,10 @@ import fsspec
 import pyarrow as pa
 
 from pipeline.errors import ExpertError, MissingDependencyError
+
+# A failure comes back as our error; without a handler, Python would print gcsfs's traceback of it as well. Whoever has
+# set up logging hears gcsfs all the same.
+logging.getLogger("gcsfs").addHandler(logging.NullHandler())
 
 _NETWORK_MODULES = ("aiohttp", "botocore", "aiobotocore", "s3fs", "gcsfs", "google", "requests", "urllib3")
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}

@@ -53,6 +53,16 @@ def serve(head: Head, *arguments: str) -> subprocess.CompletedProcess[str]:
     return run([BIN / "serve", *arguments, "--address", head.dashboard], seconds=240, more=head.token)
 
 
+def test_a_job_asks_the_cluster_that_it_finds_with_the_token_that_is_there(head: Head, tmp_path: Path) -> None:
+    """RAY_AUTH_MODE says nothing, as in a new shell; Ray's own commands take the token, too."""
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text(head.address)
+    more = {"RAY_TMPDIR": str(tmp_path), "RAY_AUTH_TOKEN": head.token["RAY_AUTH_TOKEN"]}
+    code = "from pipeline.batch.cluster import connect; print(connect().is_local)"
+    found = run([BIN / "python", "-c", code], more=more)
+    assert found.stdout == "False\n", found.stderr
+
+
 @pytest.mark.timeout(600)
 def test_serve_deploy_and_serve_run_take_the_projects_file(head: Head, tmp_path: Path) -> None:
     port = free_port()
