@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from pipeline import Expert, ExpertManager, demo
-from pipeline.batch.answering import EngineJob, LoadedEngine, load_engine
+from pipeline.batch.answering import EXPERTS, EngineJob, LoadedEngine, load_engine
 from pipeline.batch.config import BatchConfig
 from pipeline.batch.worker import ShardWorker
 from pipeline.engine import devices
@@ -127,7 +127,7 @@ def test_a_worker_refuses_it_with_its_first_shard(machine: Machine, tmp_path: Pa
         told = replace(job.experts[0], package=str(demo.package("sql")), sha256=package.digest)
         return load_engine(replace(job, experts=(told,), base_place=str(demo.BASE_MODEL), device="cuda:1"))
 
-    job = make_job(tmp_path, {"prompt": ["Who?"]}, load=load)
+    job = make_job(tmp_path, {"prompt": ["Who?"]}, load=replace(EXPERTS, engine=load))
     worker = ShardWorker(job.told)
     with pytest.raises(ConfigError, match="'cuda:1' is not available") as caught:
         worker(job.blocks()[0])
