@@ -17,7 +17,7 @@ from pipeline.engine.kernels import AttentionPlan, KernelsUnavailableError, Span
 from pipeline.engine.kernels.cpu import Kernels
 from pipeline.engine.kv_cache import PagedCache, SlotCache
 from pipeline.engine.paged_plan import Item, Keys
-from pipeline.engine.scheduler import Chunk, Entry, Prefix
+from pipeline.engine.steps import Chunk, Entry, Prefix
 from pipeline.errors import BaseModelError, ConfigError, MissingDependencyError
 
 if TYPE_CHECKING:

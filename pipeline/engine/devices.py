@@ -31,8 +31,7 @@ def check_device(device: Any) -> None:
     """
     if device is None:
         return
-    if not isinstance(device, str) or re.fullmatch(DEVICE_PATTERN, device) is None:
-        raise ConfigError(f"device {device!r} is unknown", hint=f"Use {DEVICE_NAMES}.")
+    _check_name(device)
     if device not in ("auto", "cpu"):
         choose_device(device)
 
@@ -63,8 +62,7 @@ def choose_device(device: str | None = None) -> "torch.device":
         return torch.device(name)
     if device == "cpu":
         return torch.device(device)
-    if not isinstance(device, str) or re.fullmatch(DEVICE_PATTERN, device) is None:
-        raise ConfigError(f"device {device!r} is unknown", hint=f"Use {DEVICE_NAMES}.")
+    _check_name(device)
     there = available_devices()
     if (f"{device}:0" if device == "cuda" else device) not in there:
         raise ConfigError(
@@ -73,6 +71,11 @@ def choose_device(device: str | None = None) -> "torch.device":
             hint="Use one of these, or leave device out to take the best there is.",
         )
     return torch.device(device)
+
+
+def _check_name(device: Any) -> None:
+    if not isinstance(device, str) or re.fullmatch(DEVICE_PATTERN, device) is None:
+        raise ConfigError(f"device {device!r} is unknown", hint=f"Use {DEVICE_NAMES}.")
 
 
 def available_devices() -> tuple[str, ...]:

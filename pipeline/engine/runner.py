@@ -27,9 +27,9 @@ from pipeline.engine.kernels.cpu import Kernels
 from pipeline.engine.kv_cache import PagedCache, SlotCache, default_num_bytes
 from pipeline.engine.loader import BaseModel
 from pipeline.engine.paged_plan import Item, places, plan_decode, plan_step, units_of
-from pipeline.engine.scheduler import Chunk, Entry, Prefix, Step
 from pipeline.engine.slots import Slot
 from pipeline.engine.soft_prompts import SoftPrompts
+from pipeline.engine.steps import Chunk, Entry, Prefix, Step
 from pipeline.engine.swift import pack_linears, use_kernels
 from pipeline.engine.transfer import to_device
 from pipeline.errors import BaseModelError

@@ -11,9 +11,10 @@ from pipeline.engine.choose import choose_tokens_
 from pipeline.engine.memory import free_memory
 from pipeline.engine.prefixes import Prompt, plan_prefixes
 from pipeline.engine.runner import Runner
-from pipeline.engine.scheduler import Entry, Scheduler, Step
+from pipeline.engine.scheduler import Scheduler
 from pipeline.engine.sequence import Sequence
 from pipeline.engine.stats import EngineStats
+from pipeline.engine.steps import Entry, Step
 from pipeline.errors import AdapterError, ExpertError, InvalidRequestError, OutOfMemoryError, PromptTooLongError
 
 logger = logging.getLogger(__name__)

@@ -16,9 +16,9 @@ from pipeline.engine.memory import free_memory
 from pipeline.engine.packed import PackedEngine
 from pipeline.engine.runner import Runner
 from pipeline.engine.runtime import load_engine
-from pipeline.engine.scheduler import Entry, Step
 from pipeline.engine.sequence import start
 from pipeline.engine.step_engine import StepEngine
+from pipeline.engine.steps import Entry, Step
 from pipeline.engine.stopping import StopRules
 from pipeline.package import ExpertPackage, open_package
 from tests import tiny

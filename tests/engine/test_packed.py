@@ -16,9 +16,9 @@ from pipeline.engine.loader import load_base_model, load_tokenizer
 from pipeline.engine.packed import PackedEngine
 from pipeline.engine.runner import Runner
 from pipeline.engine.runtime import load_engine
-from pipeline.engine.scheduler import Step
 from pipeline.engine.sequence import start
 from pipeline.engine.step_engine import StepEngine
+from pipeline.engine.steps import Step
 from pipeline.engine.stopping import StopRules
 from pipeline.engine.types import Completion, Grammar
 from pipeline.errors import AdapterError, BaseModelError, InvalidRequestError, OutOfMemoryError, PromptTooLongError

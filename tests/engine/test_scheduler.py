@@ -11,8 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.engine.scheduler import MATES, ROOM_AHEAD, Entry, Prefix, Scheduler, Step
+from pipeline.engine.scheduler import MATES, ROOM_AHEAD, Scheduler
 from pipeline.engine.slots import Slot, slot_size
+from pipeline.engine.steps import Entry, Prefix, Step
 from tests.profiles import num_examples
 
 EXPERTS = (None, "extract", "sql")
