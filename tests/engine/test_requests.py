@@ -91,13 +91,18 @@ def test_soft_prompts_are_not_silently_left_out(base: Path, tmp_path: Path) -> N
         load_expert(open_package(pack(source, tmp_path, manifest=manifest)), base)
 
 
-def test_what_is_prepared_without_an_engine_is_what_an_engine_is_asked(base: Path, tmp_path: Path) -> None:
-    _, _ = tiny.make_package("lora", base, tmp_path)
-    source = tmp_path / "lora"
+def soft_prompted(source: Path) -> tuple[Path, dict[str, Any]]:
+    """An adapter's folder, and its manifest with two soft prompts, whose files are still to be written."""
     manifest = json.loads((source / "manifest.json").read_text())
     manifest["soft_prompts"] = [
         {"name": name, "path": f"{name}.safetensors", "tokens": tokens} for name, tokens in (("style", 4), ("tone", 2))
     ]
+    return source, manifest
+
+
+def test_what_is_prepared_without_an_engine_is_what_an_engine_is_asked(base: Path, tmp_path: Path) -> None:
+    _, _ = tiny.make_package("lora", base, tmp_path)
+    source, manifest = soft_prompted(tmp_path / "lora")
     for name, tokens in (("style", 4), ("tone", 2)):
         save_file({"prompt": torch.full((tokens, 64), float(tokens))}, source / f"{name}.safetensors")
     package = open_package(pack(source, tmp_path, manifest=manifest))
@@ -120,11 +125,7 @@ def test_what_is_prepared_without_an_engine_is_what_an_engine_is_asked(base: Pat
 
 def test_a_packages_soft_prompt_stands_before_the_prompt(base: Path, tmp_path: Path) -> None:
     _, adapted = tiny.make_package("lora", base, tmp_path)
-    source = tmp_path / "lora"
-    manifest = json.loads((source / "manifest.json").read_text())
-    manifest["soft_prompts"] = [
-        {"name": name, "path": f"{name}.safetensors", "tokens": tokens} for name, tokens in (("style", 4), ("tone", 2))
-    ]
+    source, manifest = soft_prompted(tmp_path / "lora")
     torch.manual_seed(5)
     soft = {"style": torch.randn(4, 64), "tone": torch.randn(2, 64)}
     for name, embeddings in soft.items():
