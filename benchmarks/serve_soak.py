@@ -39,10 +39,9 @@ REQUEST_SECONDS = 120.0  # an answer that takes longer hangs
 AGE_SECONDS = 20.0  # a process younger than this still grows
 GROWTH = 0.10  # of a process's memory: what is called flat
 GROWTH_BYTES = 24 << 20
-ROLES: Mapping[str, str] = {  # by how the command lines of Ray's processes begin
-    "gateway": "ray::ServeReplica:expert:Gateway",
+GATEWAY = "gateway"  # the command's own process
+ROLES: Mapping[str, str] = {  # of Ray's processes, by how their command lines begin
     "replica": "ray::ServeReplica:expert:ExpertReplica",
-    "proxy": "ray::ProxyActor",
     "controller": "ray::ServeController",
 }
 _URL = re.compile(r"(http://\S+)  ")
@@ -180,7 +179,7 @@ def judge(soak: Soak, ended: int | None, said: str) -> Verdict:
         soak.tally.num_faults
     )
     memory: list[str] = []
-    for role in ROLES:
+    for role in (GATEWAY, *ROLES):
         lives = [life for life in soak.lives.values() if life.role == role]
         line, is_flat = _memory_of(role, lives)
         memory.append(line)
@@ -301,8 +300,8 @@ def _processes(root: int) -> list[tuple[int, str]]:
     below = {root}
     for _ in range(8):  # generations
         below |= {pid for pid, parent in parents.items() if parent in below}
-    found = []
-    for pid in below:
+    found = [(root, GATEWAY)]
+    for pid in below - {root}:
         with suppress(OSError):
             line = Path(f"/proc/{pid}/cmdline").read_text()
             found += [(pid, role) for role, start in ROLES.items() if line.startswith(start)]

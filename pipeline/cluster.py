@@ -7,6 +7,8 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -21,11 +23,14 @@ def takes_gpu(device: str | None) -> bool:
     return device in (None, "auto") or device.startswith("cuda")
 
 
-def start_local(*, num_cpus: int | None = None) -> None:
+def start_local(*, num_cpus: int | None = None) -> Path:
     """Start a Ray that ends with this process.
 
     Args:
         num_cpus: CPU cores it may hand out; None for all there are.
+
+    Returns:
+        The folder of its logs.
 
     Raises:
         ClusterError: Ray did not start.
@@ -34,7 +39,7 @@ def start_local(*, num_cpus: int | None = None) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         with native_output_dropped(), loopback_only(), own_sigterm_kept():
-            ray.init(
+            started: Any = ray.init(
                 address="local",
                 num_cpus=num_cpus,
                 namespace=OWN_NAMESPACE,
@@ -52,6 +57,7 @@ def start_local(*, num_cpus: int | None = None) -> None:
             hint="Run it again: a machine that is busy may need longer than Ray waits. If it happens each time, free "
             "memory, disk and /dev/shm, and see the newest folder in /tmp/ray for what Ray has logged.",
         ) from error
+    return Path(started.address_info["session_dir"]) / "logs"
 
 
 @contextmanager

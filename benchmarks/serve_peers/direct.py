@@ -24,12 +24,11 @@ from pipeline.serve.messages import Ask, Delta, Ended, Event, Refused
 from pipeline.serve.run import APPLICATION, run_service
 
 MARK = "measured: "
-GATEWAY = "Gateway"
 PATIENCE = 120.0
 
 
 class Caller:
-    """Asks a replica through its deployment's handle.
+    """Asks a replica through its deployment's handle, from the event loop that it is made in.
 
     Args:
         asks: What to ask, by number.
@@ -40,8 +39,7 @@ class Caller:
 
         from pipeline.serve.gateway import calls
 
-        deployments = serve.status().applications[APPLICATION].deployments
-        (name,) = (name for name in deployments if name != GATEWAY)
+        (name,) = serve.status().applications[APPLICATION].deployments
         handle = serve.get_deployment_handle(name, APPLICATION)
         experts = {ask.expert for ask in asks}
         self._streams = calls(dict.fromkeys(experts, handle), "ask_gathered", stream=True)
@@ -81,16 +79,25 @@ def as_ask(number: int, body: Mapping[str, Any]) -> Ask:
     return Ask(f"direct-{number}", call.model, call.fields, call.options, call.is_streamed, limits.max_seconds)
 
 
-def measure(asks: Sequence[Ask]) -> None:
-    """Do what the lines on standard input say."""
-    caller = Caller(asks)
+def measure(asks: Sequence[Ask], loop: asyncio.AbstractEventLoop) -> None:
+    """Do what the lines on standard input say.
+
+    Args:
+        asks: What to ask, by number.
+        loop: That of the service: a deployment's handle belongs to the event loop of its first call.
+    """
+    caller = asyncio.run_coroutine_threadsafe(_caller(asks), loop).result()
     for line in sys.stdin:
         wanted = json.loads(line)
         first, last = wanted["numbers"]
-        load = asyncio.run(
-            closed_loop(caller.send, wanted["concurrency"], num_requests=last - first, first=first, patience=PATIENCE)
+        load = closed_loop(
+            caller.send, wanted["concurrency"], num_requests=last - first, first=first, patience=PATIENCE
         )
-        _tell(MARK + json.dumps(summary(load)))
+        _tell(MARK + json.dumps(summary(asyncio.run_coroutine_threadsafe(load, loop).result())))
+
+
+async def _caller(asks: Sequence[Ask]) -> Caller:
+    return Caller(asks)
 
 
 def main() -> None:
@@ -102,7 +109,8 @@ def main() -> None:
     def say(line: str) -> None:
         _tell(line)
         if line.startswith("http"):
-            threading.Thread(target=measure, args=[asks], daemon=True).start()
+            told = [asks, asyncio.get_running_loop()]
+            threading.Thread(target=measure, args=told, daemon=True).start()
 
     run_service(ServeConfig.from_options(job["options"]), say)
 

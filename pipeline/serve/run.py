@@ -1,30 +1,28 @@
 """`expert serve`: a Ray and a Serve of this machine's own, from the command to the last answer."""
 
+import asyncio
 import logging
 import os
 import signal
 import socket
-import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ConfigError, ServeError
 from pipeline.serve.config import ServeConfig, check_exposure
-from pipeline.tracing import exporters_asked
+from pipeline.tracing import exporters_asked, flush_spans
 
 if TYPE_CHECKING:
-    from pipeline.serve.app import ServicePlan
+    from ray.serve.handle import DeploymentHandle
+
+    from pipeline.serve.app import ReplicaGroup, ServicePlan
 
 APPLICATION = "expert"
-READY_SECONDS = 120.0
-LOOK_SECONDS = 0.1
 CALL_SECONDS = 10.0
-# For Serve's processes: calls go straight from one to the next, and one event loop in each does everything.
+# For Serve's processes and this one: calls go straight from one to the next, and each does all in one event loop.
 SERVE_SETTINGS = {
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
@@ -58,7 +56,7 @@ def run_service(config: ServeConfig, say: Callable[[str], None], phases: StartPh
 
     Args:
         config: What to serve. With port 0 a free one is taken.
-        say: Is told the address when it answers, and when it ends.
+        say: Is told where the log is, the address when it answers, and when it ends.
         phases: Takes note of how long the start takes.
 
     Raises:
@@ -73,29 +71,31 @@ def run_service(config: ServeConfig, say: Callable[[str], None], phases: StartPh
             "RAY_AUTH_MODE turns Ray's tokens off, and Serve's processes listen to each other on every interface",
             hint="Unset RAY_AUTH_MODE, so that they ask for a token.",
         )
-    port = config.port or _free_port(config.host)
-    _refuse_taken(config.host, port)
-    with ThreadPoolExecutor(1) as pool:
+    if config.gateways > 1:
+        raise ConfigError(
+            f"gateways is {config.gateways}, and this command speaks HTTP itself, in one process",
+            hint="Leave gateways out, or deploy the service with `serve run`.",
+        )
+    for name, value in SERVE_SETTINGS.items():  # before Serve is imported, which reads them once
+        os.environ.setdefault(name, value)
+    with bound(config.host, config.port) as listening, ThreadPoolExecutor(1) as pool:
         planned = pool.submit(_plan, config)  # the packages are read while Ray starts
         import ray
-        import ray.serve  # reads the environment for this process, before what is for others is added to it
+        import ray.serve
 
         from pipeline.cluster import native_output_dropped, silence, start_local
+        from pipeline.serve.front import logging_to, loop_factory
 
         phases.done("import Ray")
-        for name, value in SERVE_SETTINGS.items():
-            os.environ.setdefault(name, value)
         silence()
         try:
-            start_local()
+            logs = start_local()
             phases.done("start Ray")
             plan = planned.result()
-            _deploy(plan, port, phases)
-            with _ended_by_signal() as is_ended:
-                say(f"{_url(config.host, port)}  {', '.join(card.name for card in plan.cards)}  ({phases})")
-                is_ended.wait()
-            say("ending: what was begun is finished first; again to end at once")
-            _drain(plan)
+            with logging_to(logs / "serve") as log, asyncio.Runner(loop_factory=loop_factory()) as runner:
+                say(f"log: {log}")
+                deployed = _deploy(plan, phases)
+                runner.run(_serve(plan, deployed, listening, say, phases))
         finally:
             with native_output_dropped():
                 ray.shutdown()
@@ -109,35 +109,83 @@ def _plan(config: ServeConfig) -> "ServicePlan":
     return plan_service(config)
 
 
-def _deploy(plan: "ServicePlan", port: int, phases: StartPhases) -> None:
+def _deploy(plan: "ServicePlan", phases: StartPhases) -> dict[str, "ReplicaGroup"]:
+    """Start the replicas; for each application of Serve, what answers there."""
     from ray import serve
 
-    from pipeline.serve.app import build_application
+    from pipeline.serve.app import replica_application
 
-    config = plan.config
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": port})
+    serve.start(proxy_location="Disabled")
     phases.done("start Serve")
+    deployed = {_application(number): group for number, group in enumerate(plan.groups)}
+    targets = [
+        serve.RunTarget(replica_application(plan.config, group), name=name, route_prefix=None)
+        for name, group in deployed.items()
+    ]
     try:
-        serve.run(build_application(plan), name=APPLICATION, route_prefix="/")
+        serve.run_many(targets)
     except RuntimeError as error:
         raise _not_started(error) from error
     phases.done("start replicas")
-    _wait_until_ready(config.host, port)
-    phases.done("first response")
-    for group in plan.groups:
-        handle = serve.get_deployment_handle(group.name, APPLICATION)
-        own = handle.phases.remote().result(timeout_s=CALL_SECONDS)
-        phases.seconds |= {f"of a replica: {name}": seconds for name, seconds in own.items()}
-        break
+    return deployed
+
+
+def _application(number: int) -> str:
+    return APPLICATION if number == 0 else f"{APPLICATION}-{number + 1}"
+
+
+async def _serve(
+    plan: "ServicePlan",
+    deployed: Mapping[str, "ReplicaGroup"],
+    listening: socket.socket,
+    say: Callable[[str], None],
+    phases: StartPhases,
+) -> None:
+    """Answer until a signal comes."""
+    from ray import serve
+
+    from pipeline.ray_metrics import RayMetrics
+    from pipeline.serve.front import Front
+    from pipeline.serve.gateway import HandleBackend
+
+    config = plan.config
+    handles = {name: serve.get_deployment_handle(group.name, name) for name, group in deployed.items()}
+    answering = {expert.name: handles[name] for name, group in deployed.items() for expert in group.job.experts}
+    front = Front(config, plan.cards, HandleBackend(answering), RayMetrics())
+    await front.start(listening)
+    phases.done("first call")
+    own = await handles[APPLICATION].phases.remote()
+    phases.seconds |= {f"of a replica: {name}": seconds for name, seconds in own.items()}
+    with _ended_by_signal() as is_ended:
+        url = _url(config.host, listening.getsockname()[1])
+        say(f"{url}  {', '.join(card.name for card in plan.cards)}  ({phases})")
+        await is_ended.wait()
+    say("ending: what was begun is finished first; again to end at once")
+    await front.stop(config.replicas.drain_seconds)
+    if exporters_asked(os.environ):
+        await _flush(handles.values())
+
+
+async def _flush(handles: Iterable["DeploymentHandle[Any]"]) -> None:
+    """Export the spans that have ended: Ray ends its processes without asking them."""
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    await asyncio.to_thread(flush_spans)
+    with suppress(TimeoutError, RayError, RayServeException):  # replicas that are gone have exported what they had
+        for handle in handles:
+            async with asyncio.timeout(CALL_SECONDS):
+                await handle.broadcast("flush").results_async()
 
 
 def _not_started(error: RuntimeError) -> ServeError:
     """What Serve says of deployments that failed: the last lines are those of our own error."""
     from ray import serve
 
-    application = serve.status().applications.get(APPLICATION)
-    deployments = application.deployments.values() if application is not None else ()
+    deployments = [
+        one for application in serve.status().applications.values() for one in application.deployments.values()
+    ]
     messages = [deployment.message for deployment in deployments if deployment.message] or [str(error)]
     lines = [line for message in messages for line in message.splitlines() if line.strip()]
     return ServeError(
@@ -147,86 +195,54 @@ def _not_started(error: RuntimeError) -> ServeError:
     )
 
 
-def _wait_until_ready(host: str, port: int) -> None:
-    """Serve is up when its deployments are; its proxy knows of them a moment later."""
-    until = time.monotonic() + READY_SECONDS
-    while time.monotonic() < until:
-        try:
-            with urllib.request.urlopen(f"{_url(host, port)}/health", timeout=5.0):  # noqa: S310  # our own address
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(LOOK_SECONDS)
-    raise ServeError("the service does not answer", hint="See /tmp/ray/session_latest/logs/serve.")
-
-
 @contextmanager
-def _ended_by_signal() -> Iterator[threading.Event]:
+def _ended_by_signal() -> Iterator[asyncio.Event]:
     """An event that is set at the first signal to end; the second one ends the process as it always does."""
-    is_ended = threading.Event()
+    is_ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
 
-    def end(number: int, _: object) -> None:
+    def end() -> None:
         is_ended.set()
-        signal.signal(number, signal.SIG_DFL)
+        for number in ENDING:
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)
 
-    before = {number: signal.signal(number, end) for number in ENDING}
+    before = {number: signal.getsignal(number) for number in ENDING}
+    for number in ENDING:
+        loop.add_signal_handler(number, end)
     try:
         yield is_ended
     finally:
-        for number, handler in before.items():
-            if is_ended.is_set():
-                continue
-            signal.signal(number, handler)
+        if not is_ended.is_set():
+            for number, handler in before.items():
+                loop.remove_signal_handler(number)
+                signal.signal(number, handler)
 
 
-def _drain(plan: "ServicePlan") -> None:
-    """Refuse what comes from now on, and wait until what was begun is answered. Serve itself ends with Ray."""
-    from ray import serve
-    from ray.exceptions import RayError
-    from ray.serve.exceptions import RayServeException
+@contextmanager
+def bound(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket that has an address, and is not listened to yet.
 
-    from pipeline.serve.gateway import GATEWAY
+    Args:
+        host: Name or number of the address.
+        port: With 0 a free one is taken.
 
-    config = plan.config
-    if config.gateways > 1:  # a call reaches one of them: Serve drains them, and its proxy has the words
-        with suppress(TimeoutError):
-            serve.delete(APPLICATION)
-        return
-    until = time.monotonic() + config.replicas.drain_seconds
-    num_idle = 0
-    with suppress(TimeoutError, RayError, RayServeException):  # a gateway that is gone has nothing to finish
-        gateway = serve.get_app_handle(APPLICATION)
-        gateway.close.remote().result(timeout_s=CALL_SECONDS)
-        while num_idle < 2 and time.monotonic() < until:  # twice: the proxy passes the last bytes on after the gateway
-            num_idle = 0 if gateway.num_in_flight.remote().result(timeout_s=CALL_SECONDS) else num_idle + 1
-            time.sleep(LOOK_SECONDS)
-        if exporters_asked(os.environ):  # Ray ends its processes without asking them
-            for name in (GATEWAY, *(group.name for group in plan.groups)):
-                serve.get_deployment_handle(name, APPLICATION).broadcast("flush").results(timeout_s=CALL_SECONDS)
-
-
-def _url(host: str, port: int) -> str:
-    shown = "127.0.0.1" if host in ("0.0.0.0", "localhost") else "[::1]" if host == "::" else host  # noqa: S104
-    return f"http://[{shown}]:{port}" if ":" in shown and not shown.startswith("[") else f"http://{shown}:{port}"
-
-
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
-
-
-def _free_port(host: str) -> int:
-    with socket.socket(_family(host)) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
-
-
-def _refuse_taken(host: str, port: int) -> None:
-    """Say at once what Serve would say after a minute of trying."""
-    with socket.socket(_family(host)) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    Raises:
+        ConfigError: It cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((host, port))
+            listening.bind((host, port))
         except OSError as error:
             raise ConfigError(
                 f"port {port} of {host} cannot be listened on: {error.strerror or error}",
                 hint="Choose another port with --port, or 0 for any that is free.",
             ) from error
+        yield listening
+
+
+def _url(host: str, port: int) -> str:
+    shown = "127.0.0.1" if host in ("0.0.0.0", "localhost") else "[::1]" if host == "::" else host  # noqa: S104
+    return f"http://[{shown}]:{port}" if ":" in shown and not shown.startswith("[") else f"http://{shown}:{port}"

@@ -1,0 +1,162 @@
+"""The gateway of `expert serve`: HTTP in the command's own process, which calls the replicas by their handles.
+
+On a cluster a gateway is a deployment behind Serve's proxies (`pipeline.serve.gateway`). On one machine both would be
+processes on every request's way that only pass it on, on the cores that also compute.
+"""
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import Protocol
+
+import uvicorn
+
+from pipeline.metrics import Metrics
+from pipeline.serve.api import make_api
+from pipeline.serve.config import ServeConfig
+from pipeline.serve.in_flight import InFlight
+from pipeline.serve.messages import Backend, ModelCard
+from pipeline.serve.metrics import GatewayMetrics
+
+LOOK_SECONDS = 0.05
+KEEP_ALIVE_SECONDS = 75.0  # longer than clients keep a connection that they do not use, so that they close it
+LAST_BYTES_SECONDS = 5
+LOG_FILE = "gateway.log"
+LOG_BYTES, LOG_FILES = 100 << 20, 5
+LOGGERS = ("pipeline.serve", "uvicorn")
+
+
+class ReplicaBackend(Backend, Protocol):
+    """Answers from replicas; see `pipeline.serve.gateway.HandleBackend`."""
+
+    async def warm_up(self) -> None:
+        """Make the first call, so that no client pays for it."""
+        ...
+
+    async def is_ready(self) -> bool:
+        """Whether a replica of every base model answers."""
+        ...
+
+
+class Front:
+    """Speaks HTTP for a service whose replicas run. It belongs to the event loop that it is made in.
+
+    Args:
+        config: Of the service.
+        models: The experts that may be asked for.
+        backend: Answers.
+        metrics: Makes what requests are counted and measured with.
+    """
+
+    def __init__(
+        self, config: ServeConfig, models: Iterable[ModelCard], backend: ReplicaBackend, metrics: Metrics
+    ) -> None:
+        self._backend = backend
+        self._in_flight = InFlight(config.limits)
+        api = make_api(
+            self._backend,
+            models,
+            limits=config.limits,
+            keys=config.keys.load(),
+            log_prompts=config.log_prompts,
+            playground=config.playground,
+            metrics=GatewayMetrics(metrics),
+            is_ready=self._backend.is_ready,
+            in_flight=self._in_flight,
+        )
+        self._server = _Server(
+            uvicorn.Config(
+                api,
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=int(KEEP_ALIVE_SECONDS),
+            )
+        )
+        self._serving: asyncio.Task[None] | None = None
+
+    @property
+    def num_in_flight(self) -> int:
+        """How many requests are not answered yet."""
+        return self._in_flight.total
+
+    async def start(self, listening: socket.socket) -> None:
+        """Answer what comes to a socket; returns when it is listened to.
+
+        Args:
+            listening: A bound socket; see `pipeline.serve.run.bound`.
+        """
+        await self._backend.warm_up()  # the first call of a handle takes seconds, which no client shall wait for
+        self._serving = asyncio.create_task(self._server.serve(sockets=[listening]))
+        while not self._server.started and not self._serving.done():
+            await asyncio.sleep(LOOK_SECONDS)
+        if self._serving.done():
+            await self._serving
+
+    async def stop(self, seconds: float) -> None:
+        """Refuse what comes from now on, finish what was begun, and listen no longer.
+
+        Args:
+            seconds: What is not finished after so long is cut off.
+        """
+        if self._serving is None:
+            return
+        self._in_flight.close()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._in_flight.total:
+                    await asyncio.sleep(LOOK_SECONDS)
+        # Those that are answered still fetch their last bytes; the others have had their time.
+        self._server.config.timeout_graceful_shutdown = 0 if self._in_flight.total else LAST_BYTES_SECONDS
+        self._server.should_exit = True
+        await self._serving
+
+
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """What makes the event loop to run a `Front` in: uvloop's where it is installed; None for asyncio's own."""
+    return uvicorn.Config("", loop="auto", log_config=None).get_loop_factory()
+
+
+class _Server(uvicorn.Server):
+    """A server that leaves signals to the program."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Capture none."""
+        yield
+
+
+@contextmanager
+def logging_to(folder: Path) -> Iterator[Path]:
+    """The log of the gateway is a file beside those of Serve's own processes.
+
+    Args:
+        folder: Where they are.
+
+    Returns:
+        The file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOG_FILE
+    handler = RotatingFileHandler(path, maxBytes=LOG_BYTES, backupCount=LOG_FILES)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(asctime)s %(name)s -- %(message)s"))
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    before = [(own.level, own.propagate) for own in loggers]
+    for own in loggers:
+        own.addHandler(handler)
+        own.setLevel(logging.INFO)
+        own.propagate = False
+    try:
+        yield path
+    finally:
+        for own, (level, propagate) in zip(loggers, before, strict=True):
+            own.removeHandler(handler)
+            own.setLevel(level)
+            own.propagate = propagate
+        handler.close()
