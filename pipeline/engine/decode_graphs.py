@@ -43,7 +43,7 @@ class DecodeGraphs:
     """Computes steps: the first of a shape eagerly, which also warms it up, the others by a record of the second.
 
     Args:
-        compute: From the step's numbers, in the shapes they were given in, to its scores, [num_rows, vocab_size].
+        compute: From the step's numbers, in the shapes they were given in, to its scores, [num_scored, vocab_size].
         record: Records the work of a function, which it may run or not, and returns what does that work again.
         device: Of the model.
     """
@@ -53,7 +53,7 @@ class DecodeGraphs:
         self._record: Recorder | None = record
         self._device = device
         self._graphs: dict[Hashable, _Graph] = {}  # those used last at the end
-        self._scores: dict[int, torch.Tensor] = {}  # by the number of rows; shared, so that graphs share memory
+        self._scores: dict[int, torch.Tensor] = {}  # by their number; shared, so that graphs share memory
 
     @property
     def num_recorded(self) -> int:
@@ -64,11 +64,11 @@ class DecodeGraphs:
         """Compute one step.
 
         Args:
-            arrays: Its numbers, of tokens in the first one: as many as the step has rows.
+            arrays: Its numbers; as many scores are wanted as the first one has.
             key: All else that decides which operations it takes.
 
         Returns:
-            The scores, [num_rows, vocab_size]; the next call overwrites them.
+            The scores, [num_scored, vocab_size]; the next call overwrites them.
         """
         shapes = tuple(array.shape for array in arrays)
         numbers = packed(arrays, self._device)

@@ -11,18 +11,20 @@ from typing import Any
 
 import torch
 
+from pipeline.engine.adapter_step import REPLAYED_ROWS
 from pipeline.engine.adapters import AdapterBank
 from pipeline.engine.grammar_compiler import GrammarCompiler
 from pipeline.engine.handle import Handle, Piece
 from pipeline.engine.loader import BaseModel
 from pipeline.engine.memory import free_memory
+from pipeline.engine.paged_plan import rounded_up
 from pipeline.engine.passing_thread import in_passing_thread
 from pipeline.engine.runner import Runner
 from pipeline.engine.sequence import Sequence, failed, start
 from pipeline.engine.stats import EngineStats
 from pipeline.engine.step_engine import StepEngine
 from pipeline.engine.stopping import StopRules
-from pipeline.engine.types import Completion, Failure, Grammar, Request
+from pipeline.engine.types import Completion, Failure, Grammar, Request, SamplingParams
 from pipeline.errors import ExpertError, InferenceError
 
 __all__ = ["Handle", "PackedEngine", "Piece"]
@@ -30,6 +32,8 @@ __all__ = ["Handle", "PackedEngine", "Piece"]
 logger = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 60.0
+WARM_UP_PROMPT = 4  # tokens: with those of a step's other sequences, prompts and pieces of them have the same sizes
+WARM_UP_TOKENS = 3  # that a warm-up generates: the first with its prompt, the second eagerly, the third recorded
 
 
 @dataclass(eq=False)
@@ -71,6 +75,7 @@ class PackedEngine:
     ) -> None:
         self.tokenizer = tokenizer
         self._rules = StopRules(tokenizer, base.eos_token_ids)
+        self._batch_size = batch_size
         self._vocab_size = int(base.model.config.get_text_config().vocab_size)
         self.bank = bank
         self.context_length = base.context_length
@@ -161,6 +166,26 @@ class PackedEngine:
             GrammarError: It is not valid.
         """
         self._grammars().compile(grammar)
+
+    def warm_up(self, expert: str | None = None) -> None:
+        """Have every size of step recorded, so that no request waits for it: seconds on a GPU, nothing on a CPU.
+
+        Args:
+            expert: One that is loaded; None for the model alone.
+        """
+        if self._loop is None or not self._loop.is_recorded:
+            return
+        sizes = sorted({rounded_up(number) for number in range(1, min(self._batch_size, REPLAYED_ROWS) + 1)})
+        for max_tokens in (WARM_UP_TOKENS, 1):  # a step is recorded when its size comes again
+            for size in sizes:
+                length = max(1, min(WARM_UP_PROMPT, REPLAYED_ROWS // size))
+                params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+                asked = [
+                    Request(f"warm-up-{at}", (at % self._vocab_size,) * length, params, expert=expert)
+                    for at in range(size)
+                ]
+                for _ in self.generate(asked):
+                    pass
 
     @in_passing_thread
     def add_soft_prompt(self, embeddings: torch.Tensor) -> tuple[int, ...]:

@@ -30,6 +30,7 @@ PAGE = 16  # tokens; the size of every slot is a multiple of it
 EMPTY_PAGE, SCRATCH_PAGE, NOBODYS_PAGES = 0, 1, 2
 DECODE_WIDTH, DECODE_SPAN = 8, 128
 PREFILL_WIDTH, PREFILL_SPAN = 64, 512
+SCORED_ROWS = 128  # of a recorded step, unless it has fewer rows or more are wanted: so that there are few shapes
 
 
 @dataclass(eq=False, slots=True)  # not frozen, which takes a microsecond: a step makes hundreds
@@ -152,24 +153,31 @@ def plan_units(items: Sequence[Item], width: int, span: int) -> Units[Int64s]:
     return Units(tiles.tokens, tiles.positions, lanes, pages, first, count, parts, num_parts)
 
 
-def plan_decode(
-    token_ids: Sequence[int], items: Sequence[Item], least_units: int = 1, least_parts: int = 1
+def plan_recorded(
+    token_ids: Sequence[int],
+    items: Sequence[Item],
+    scored: Sequence[int],
+    least_units: int = 1,
+    least_parts: int = 1,
 ) -> list[Int64s]:
-    """A step of one new token for each of some sequences, in one of few sizes, so that many steps have one shape.
+    """A step of few tokens in one of few sizes, so that many steps have one shape.
 
     Rows that only fill the batch up attend to nothing and write to `SCRATCH_PAGE`.
 
     Args:
-        token_ids: The new tokens.
-        items: One for each.
+        token_ids: The tokens: of most sequences one, of those that begin their prompts or pieces of them.
+        items: One for each sequence or prefix, in the order of its tokens.
+        scored: The tokens after which scores are wanted.
         least_units: There are as many units, empty ones among them: more where empty ones cost little.
         least_parts: Room for as many units of a token.
 
     Returns:
-        Token ids and places, [num_rows] each, and the arrays of the step's `Units`.
+        Which rows are scored, [num_scored]; token ids and places, [num_rows] each; and the arrays of the step's
+        `Units`.
     """
     units = plan_units(items, DECODE_WIDTH, DECODE_SPAN)
-    num_rows, num_units = rounded_up(len(items)), rounded_up(max(len(units.first), least_units))
+    num_rows, num_units = rounded_up(len(token_ids)), rounded_up(max(len(units.first), least_units))
+    num_scored = min(num_rows, max(SCORED_ROWS, rounded_up(len(scored))))
     num_parts = rounded_up(max(units.parts.shape[1], least_parts))
     most = units.parts.shape[1]
     parts = units.parts[:, np.minimum(np.arange(num_parts), most - 1)]
@@ -183,8 +191,12 @@ def plan_decode(
         parts=_longer(parts, num_rows, 0),
         num_parts=_longer(units.num_parts, num_rows, 0),
     )
-    own_places = _longer(places(items), num_rows, SCRATCH_PAGE * PAGE)
-    return [_longer(np.array(token_ids, np.int64), num_rows, 0), own_places, *filled.arrays()]
+    return [
+        _longer(np.array(scored, np.int64), num_scored, 0),
+        _longer(np.array(token_ids, np.int64), num_rows, 0),
+        _longer(places(items), num_rows, SCRATCH_PAGE * PAGE),
+        *filled.arrays(),
+    ]
 
 
 def rounded_up(number: int) -> int:

@@ -26,7 +26,7 @@ from pipeline.engine.foreign import is_out_of_memory, said
 from pipeline.engine.kernels.cpu import Kernels
 from pipeline.engine.kv_cache import PagedCache, SlotCache, default_num_bytes
 from pipeline.engine.loader import BaseModel
-from pipeline.engine.paged_plan import Item, places, plan_decode, plan_step, units_of
+from pipeline.engine.paged_plan import Item, places, plan_recorded, plan_step, units_of
 from pipeline.engine.slots import Slot
 from pipeline.engine.soft_prompts import SoftPrompts
 from pipeline.engine.steps import Chunk, Entry, Prefix, Step
@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 USE_PADDED = 'Use engine "padded", which runs whatever transformers runs.'
 TRIAL = (3, 5, 4, 2)  # tokens of a prefix, of two sequences that share it, and of one of its own
 AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}  # relative, of the trial's scores
+LEAST_PARTS = 4  # for which a recorded step with prompts in it has room where torch computes attention
 QUANTIZED_AGREEMENT = 0.1  # quantised products round their inputs, and a last bit decides to which step
 
 
@@ -160,33 +161,40 @@ class Runner:
     def _decode(self, numbers: list[torch.Tensor]) -> torch.Tensor:
         if not isinstance(self.cache, PagedCache):
             raise TypeError("a recorded step needs keys and values in pages")
-        return decode_scores(self._model, self.cache, numbers, self._page_kernels)
+        return step_scores(self._model, self.cache, numbers, self._page_kernels)
 
     def _replay(
         self, graphs: DecodeGraphs, chunks: list[Chunk], token_ids: Sequence[int], items: Sequence[Item]
     ) -> torch.Tensor:
-        room = (1, 1) if self._page_kernels is None else self._page_kernels.least_sizes
-        numbers = plan_decode(token_ids, items, *room)
-        experts = [chunk.owner.expert for chunk in chunks]
+        scored = np.cumsum([chunk.count for chunk in chunks])[[chunk.samples for chunk in chunks]] - 1
+        if self._page_kernels is not None:
+            room = self._page_kernels.least_sizes
+        else:
+            room = (1, 1) if len(token_ids) == len(chunks) else (len(token_ids), LEAST_PARTS)
+        numbers = plan_recorded(token_ids, items, scored.tolist(), *room)
+        num_scored, num_rows = len(numbers[0]), len(numbers[1])
         if self.bank is None:
-            return graphs.run(numbers, key=False)[: len(chunks)]
-        slices = _slices((expert, 1) for expert in [*experts, *[None] * (len(numbers[0]) - len(chunks))])
+            return graphs.run(numbers, key=False)[: len(scored)]
+        tokens = [(chunk.owner.expert, chunk.count) for chunk in chunks]
+        rows = [(chunk.owner.expert, 1) for chunk in chunks if chunk.samples]
         with self.bank.unchanged() as version:  # the adapters' tensors are where they were when it was recorded
             if version != self._graphs_version:
                 graphs.clear()
                 self._graphs_version = version
-            self.bank.begin(slices, slices, is_replayed=True)
-            return graphs.run(numbers, key=any(experts))[: len(chunks)]
+            self.bank.begin(
+                _slices([*tokens, (None, num_rows - len(token_ids))]),
+                _slices([*rows, (None, num_scored - len(rows))]),
+                is_replayed=True,
+            )
+            return graphs.run(numbers, key=any(expert for expert, _ in tokens))[: len(scored)]
 
     def _runs_eagerly(self, chunks: list[Chunk], token_ids: Sequence[int]) -> bool:
         """Whether a step is none that can be replayed; why, is logged once."""
         why = ""
-        if not all(chunk.samples and chunk.count == 1 for chunk in chunks):
-            why = "they compute more than one token of a sequence"
+        if len(token_ids) > REPLAYED_ROWS:
+            why = f"they compute more than {REPLAYED_ROWS} tokens"
         elif max(token_ids) >= self.soft_prompts.vocab_size:
             why = "they compute a soft prompt"
-        elif len(chunks) > REPLAYED_ROWS:
-            why = f"they have more than {REPLAYED_ROWS} sequences"
         elif self.bank is not None and not self.bank.is_replayable({chunk.owner.expert for chunk in chunks}):
             why = "an expert changes whole modules, which are computed by slices"
         if why and why not in self._told:
@@ -239,24 +247,24 @@ class Runner:
             )
 
 
-def decode_scores(
+def step_scores(
     model: Any, cache: PagedCache, numbers: Sequence[torch.Tensor], kernels: GpuKernels | None = None
 ) -> torch.Tensor:
-    """A decode step as a function of tensors of whole numbers alone, none of which the host reads.
+    """A step as a function of tensors of whole numbers alone, none of which the host reads.
 
     Args:
         model: Attends by `packed_attention`.
         cache: Where keys and values lie.
-        numbers: What `plan_decode` gives, on the device.
+        numbers: What `plan_recorded` gives, on the device.
         kernels: What computes attention; None for torch's operations.
 
     Returns:
-        The scores of each row, [num_rows, vocab_size].
+        The scores of the rows that are scored, [num_scored, vocab_size].
     """
-    token_ids, own_places, *others = numbers
+    scored, token_ids, own_places, *others = numbers
     (units,) = units_of(others)
     attention = BatchedAttention(cache, own_places, [units], kernels)
-    return _scores(model, attention, units.positions, input_ids=token_ids[None])
+    return _scores(model, attention, units.positions, input_ids=token_ids[None], logits_to_keep=scored)
 
 
 def _scores(model: Any, attention: StepAttention, positions: torch.Tensor, **given: Any) -> torch.Tensor:
@@ -264,7 +272,7 @@ def _scores(model: Any, attention: StepAttention, positions: torch.Tensor, **giv
     scores: torch.Tensor = model(
         position_ids=positions[None], past_key_values=cache, use_cache=False, packed=cache, **given
     ).logits[0]
-    return scores  # [num_rows, vocab_size]
+    return scores  # [num_scored, vocab_size]
 
 
 def _check_config(config: Any, kind: str, context_length: int) -> None:

@@ -27,8 +27,9 @@ class Scheduler:
         max_idle_tokens: At most this many tokens of prefixes are kept that no sequence uses; a quarter of `num_tokens`
             if None.
         refill_share: Once no more could be admitted, none is until this share of those that ran has left, or there is
-            room for all that wait. For devices on which a step with a prompt in it costs much more than one without:
-            prompts come together then. 0 admits whenever one fits.
+            room for all that wait. For devices on which a long step costs much more than a short one: prompts come
+            together then. 0 admits whenever one fits.
+        short_step_tokens: How many tokens a short step has at most; whoever fits one is admitted at once.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Scheduler:
         max_step_tokens: int,
         max_idle_tokens: int | None = None,
         refill_share: float = 0.0,
+        short_step_tokens: int = 0,
     ) -> None:
         self.slots = SlotTable(num_tokens)
         self.max_running = max_running
@@ -55,7 +57,8 @@ class Scheduler:
         self._num_favours = 0
         self._is_favour = False  # whether the next one is admitted as a mate
         self._refill_share = refill_share
-        self._num_when_full = 0  # how many ran when no more could be admitted; 0 while more can be
+        self._short_step_tokens = short_step_tokens
+        self._num_when_full = 0  # how many ran when no more could be admitted; 0 when the batch was refilled since
 
     @property
     def num_waiting(self) -> int:
@@ -120,30 +123,39 @@ class Scheduler:
         for entry in list(self.running):
             if budget > 0 and entry.slot is not None:  # another's growth may have taken it
                 budget -= self._plan(entry, budget, step, planned)
-        while budget > 0 and self._may_admit():
+        if not self._is_emptying():
+            self._num_when_full = 0
+        while budget > 0 and len(self.running) < self.max_running:
             found = self._next()
-            if found is None or not self._admit(found, step):
-                self._num_when_full = 0 if found is None else len(self.running)
+            if found is None:
+                self._num_when_full = 0
+                break
+            num_planned = self.max_step_tokens - budget
+            if self._num_when_full and num_planned + self._num_to_compute(found) > self._short_step_tokens:
+                break
+            if not self._admit(found, step):
+                self._num_when_full = len(self.running)
                 break
             if not found.is_done:  # it may be too large
                 budget -= self._plan(found, budget, step, planned)
+        if len(self.running) >= self.max_running:
+            self._num_when_full = len(self.running)
         ranks = {prefix: at for at, prefix in enumerate(self._prefixes.values())}
         step.chunks.sort(key=lambda chunk: _place(chunk, ranks))
         step.freed = self.slots.take_freed()
         return step
 
-    def _may_admit(self) -> bool:
-        """Whether sequences that wait may get slots in this step."""
-        num_running = len(self.running)
-        if num_running >= self.max_running:
-            self._num_when_full = num_running
+    def _is_emptying(self) -> bool:
+        """Whether the batch was full, and too few have left since for a long step."""
+        if not self._num_when_full or not self.running:
             return False
-        if self._num_when_full and num_running:
-            room = self._num_when_full - num_running
-            if room < min(self._num_when_full * self._refill_share, self._num_waiting):
-                return False
-        self._num_when_full = 0
-        return True
+        room = self._num_when_full - len(self.running)
+        return room < min(self._num_when_full * self._refill_share, self._num_waiting)
+
+    def _num_to_compute(self, entry: Entry) -> int:
+        """How many tokens a waiting sequence has that are not computed yet."""
+        prefix = self._prefixes.get(entry.group) if entry.prefix_length else None
+        return entry.num_own + (entry.prefix_length if prefix is None else prefix.length - prefix.num_computed)
 
     def _plan(self, entry: Entry, budget: int, step: Step, planned: set[Prefix]) -> int:
         """Plan the next tokens of a running sequence, of its prefix first; how many."""

@@ -205,7 +205,7 @@ class ExpertReplica:
         return now
 
     async def _warm_up(self, job: ReplicaJob) -> None:
-        """Answer a word, so that no client waits for what is made at the first step."""
+        """Answer something, so that no client waits for what is made at the first step, or at the first of its size."""
         started = time.monotonic()
         pinned = [expert.name for expert in job.experts if expert.pin]
         for name in pinned:
@@ -215,6 +215,7 @@ class ExpertReplica:
             async with aclosing(self._backend.ask_gathered(ask)) as gathered:
                 async for _ in gathered:
                     pass
+        await asyncio.to_thread(self._backend.experts.engine.warm_up, pinned[0] if pinned else None)
         self._note("warm-up", started)
 
     async def _set_gauges(self) -> None:

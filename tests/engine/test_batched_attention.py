@@ -22,7 +22,7 @@ from pipeline.engine.paged_plan import (
     Item,
     Keys,
     places,
-    plan_decode,
+    plan_recorded,
     plan_step,
     plan_units,
     rounded_up,
@@ -144,16 +144,17 @@ def test_attention_in_half_precision_is_computed_in_float32(case: Case, window: 
 
 
 @settings(max_examples=40)
-@given(case=cases(most_tokens=1), window=windows, softcap=softcaps)
-def test_a_decode_step_that_is_filled_up_is_the_same(case: Case, window: int, softcap: float) -> None:
+@given(case=cases() | cases(most_tokens=1), window=windows, softcap=softcaps)
+def test_a_step_that_is_filled_up_is_the_same(case: Case, window: int, softcap: float) -> None:
     batch = Batch(case)
     expected = batch.expected(window, softcap)
-    token_ids, own_places, *others = to_device(plan_decode(list(range(len(batch.items))), batch.items), CPU)
+    num_tokens = sum(item.count for item in batch.items)
+    _, token_ids, own_places, *others = to_device(plan_recorded(range(num_tokens), batch.items, [0]), CPU)
     attention = BatchedAttention(batch.cache, own_places, units_of(others))
     found = batch.found(attention, window, softcap, len(token_ids))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert not batch.cache.pool[:, :, EMPTY_PAGE].any()
-    assert batch.cache.pool[LAYER, :, SCRATCH_PAGE].any() == (len(token_ids) > len(batch.items))
+    assert batch.cache.pool[LAYER, :, SCRATCH_PAGE].any() == (len(token_ids) > num_tokens)
 
 
 def test_the_number_of_operations_does_not_depend_on_the_number_of_sequences() -> None:

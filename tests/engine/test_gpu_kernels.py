@@ -14,7 +14,7 @@ from torch.nn import functional
 from pipeline.engine.attention import kernels_for
 from pipeline.engine.batched_attention import BatchedAttention
 from pipeline.engine.kernels import KernelsUnavailableError
-from pipeline.engine.paged_plan import places, plan_decode, plan_step, units_of
+from pipeline.engine.paged_plan import places, plan_recorded, plan_step, units_of
 from pipeline.engine.transfer import to_device
 from pipeline.errors import ConfigError, MissingDependencyError
 from tests.engine.test_batched_attention import LAYER, Batch, Case, cases, softcaps, windows
@@ -43,12 +43,17 @@ def test_the_kernels_are_right_by_tritons_interpreter() -> None:
     assert "passed" in done.stdout
 
 
+def filled_up(batch: Batch) -> list[Any]:
+    """The numbers of a step as it is recorded."""
+    return plan_recorded([0] * sum(item.count for item in batch.items), batch.items, [0])
+
+
 def attention_of(batch: Batch, kernels: Any, *, num_rows: int = 0) -> BatchedAttention:
-    """A step's attention on the device, filled up as a decode step is if `num_rows` says so."""
+    """A step's attention on the device, filled up as a recorded step is if `num_rows` says so."""
     batch.cache.pool = batch.cache.pool.to(DEVICE)
     batch.q, batch.k, batch.v = (one.to(DEVICE) for one in (batch.q, batch.k, batch.v))
     if num_rows:
-        _, *arrays = plan_decode([0] * len(batch.items), batch.items)
+        _, _, *arrays = filled_up(batch)
     else:
         arrays = [places(batch.items), *(array for units in plan_step(batch.items) for array in units.arrays())]
     own_places, *others = to_device(arrays, DEVICE)
@@ -59,7 +64,7 @@ def check(case: Case, dtype: torch.dtype, window: int = 0, softcap: float = 0.0,
     """See that a step's attention is what the plain formula gives."""
     batch = Batch(case, dtype)
     expected = batch.expected(window, softcap)
-    num_rows = len(plan_decode([0] * len(batch.items), batch.items)[0]) if is_filled_up else 0
+    num_rows = len(filled_up(batch)[1]) if is_filled_up else 0
     found = batch.found(attention_of(batch, GpuKernels(dtype), num_rows=num_rows), window, softcap, num_rows)
     assert found.dtype == dtype
     tolerance = 1e-5 if dtype == torch.float32 else 1.2e-2
@@ -179,7 +184,7 @@ def test_a_gate_is_what_torch_computes(dtype: torch.dtype) -> None:
 @computed
 def test_empty_units_and_rows_that_nobody_asked_give_no_numbers_that_are_none() -> None:
     batch = Batch(Case(((1, 5, -1), (1, 130, -1), (1, 0, -1), (1, 0, -1), (1, 300, -1)), ()))
-    num_rows = len(plan_decode([0] * len(batch.items), batch.items)[0])
+    num_rows = len(filled_up(batch)[1])
     attention = attention_of(batch, GpuKernels(torch.float32), num_rows=num_rows)
     queries = torch.ones(num_rows, *batch.q.shape[1:], device=DEVICE)
     assert bool(attention.attend(LAYER, queries, 0.3, 0, 0.0).isfinite().all())

@@ -126,6 +126,7 @@ class History:
             max_running=draw.choice([1, 2, 3, 5, 8]),
             max_step_tokens=draw.choice([1, 3, 8, 20, 50, 300]),
             refill_share=draw.choice([0.0, 0.0, 0.25, 0.6]),
+            short_step_tokens=draw.choice([0, 8, 30]),
         )
         self.stems = [tuple(draw.choices(range(1000), k=draw.randint(16, 70))) for _ in range(draw.randint(1, 3))]
         self.failing = draw.choice([0, 0, 0.01, 0.05])  # of the steps
@@ -345,6 +346,35 @@ def test_those_that_wait_are_admitted_when_a_quarter_has_left_or_all_fit() -> No
         run(scheduler)
         running.append(len(scheduler.running))
     assert running[:6] == [8, 7, 6, 7, 7, 6]  # after each step: two come in the fourth, the last one in the fifth
+
+
+def test_whoever_fits_a_short_step_does_not_wait_for_others() -> None:
+    scheduler = Scheduler(9_999, max_running=8, max_step_tokens=500, refill_share=0.25, short_step_tokens=20)
+    short, long = [entry_of(4, max_tokens=2 + at) for at in range(9)], entry_of(30, max_tokens=2)
+    scheduler.add([*short[:8], long, short[8]])
+    admitted = []
+    while scheduler.has_work:
+        step = run(scheduler)
+        admitted.append([chunk.owner for chunk in step.chunks if chunk.start == 0])
+        assert len(admitted) == 1 or long in admitted[-1] or sum(chunk.count for chunk in step.chunks) <= 20
+    assert admitted[:4] == [short[:8], [], [], [long, short[8]]], "it does not fit, and nobody overtakes it"
+    scheduler.add(again := [entry_of(4, max_tokens=2 + at) for at in range(9)])
+    run(scheduler)
+    run(scheduler)
+    assert [chunk.owner for chunk in run(scheduler).chunks if chunk.start == 0] == again[8:], "as soon as one has left"
+
+
+@pytest.mark.parametrize("stem", [0, 7])
+def test_a_short_step_counts_what_is_missing_of_a_prefix(stem: int) -> None:
+    scheduler = Scheduler(9_999, max_running=4, max_step_tokens=500, refill_share=0.9, short_step_tokens=20)
+    waiting = [entry_of(4, prefix=30, stem=stem) for _ in range(2)]
+    scheduler.add([*(entry_of(4, max_tokens=2 + 3 * at, prefix=30) for at in range(4)), *waiting])
+    for _ in range(2):  # one has left
+        run(scheduler)
+    found = [chunk.owner for chunk in run(scheduler).chunks if chunk.start == 0]
+    assert found == ([waiting[0]] if stem == 0 else []), (
+        "the prefix of the first is kept, the other's is to be computed"
+    )
 
 
 def test_whoever_comes_while_there_is_room_does_not_wait() -> None:
