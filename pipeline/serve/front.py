@@ -76,6 +76,7 @@ class Front:
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,
                 timeout_keep_alive=int(KEEP_ALIVE_SECONDS),
             )
         )
