@@ -2,8 +2,8 @@
 
 A row holds the shard's description (`shard`, JSON), its rows as they were read (`rows`, an Arrow IPC stream) and, where
 the task that reads also prepares, what they ask (`prepared`, another one; see `prepared.py`). So a shard without rows
-is a block like any other, every shard keeps its own schema, and Ray Data reads ahead of the workers under its own
-back-pressure.
+is a block like any other, every shard keeps its own schema, and Ray Data reads ahead of the workers under its
+back-pressure and the bound of `read_ahead.py`.
 
 Shards that follow each other are read by one task, a run, which hands on each as soon as it is read: a task costs the
 driver milliseconds, and what the shards of a run share is opened and decoded once. `ONE_ROW_A_BLOCK` must be set in the

@@ -23,6 +23,7 @@ from pipeline.batch.metrics import JobMetrics
 from pipeline.batch.plan import PreparedJob, digest_of
 from pipeline.batch.preparing import PrepareJob
 from pipeline.batch.progress import Phases, Progress
+from pipeline.batch.read_ahead import most_waiting, read_at_most
 from pipeline.batch.receipts import Receipt
 from pipeline.batch.run_record import RunRecorder
 from pipeline.batch.shard_stats import ShardStats
@@ -34,7 +35,7 @@ from pipeline.ray_metrics import RayMetrics
 
 logger = logging.getLogger(__name__)
 
-READS_PER_WORKER = 2  # shards are read ahead of the workers, under Ray Data's own back-pressure
+READS_PER_WORKER = 2  # so that one opens its next file while shards of the other are taken; see `read_ahead.py`
 PREPARES_PER_WORKER = 4  # at most, where they are also prepared: each a process with a tokenizer, and a core's work
 MOST_IN_FLIGHT = 8  # shards of a worker, unless told otherwise: what is in flight is done again when it dies
 QUIET = {
@@ -258,7 +259,7 @@ def answered_shards(
     """
     runs = plan_runs(pending, reading.num_tasks)
     prepare = prepare_job(job, told.load) if reading.prepares else None
-    with quiet(**ONE_ROW_A_BLOCK):
+    with quiet(**ONE_ROW_A_BLOCK), read_at_most(most_waiting(workers.most)):
         answered: ray.data.Dataset = ray.data.read_datasource(
             ShardDatasource(runs, job.config.storage_options, job.kept, prepare),
             num_cpus=0,  # it must find room beside workers that hold every core; see `plan_reading`
