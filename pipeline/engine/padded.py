@@ -15,6 +15,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from pipeline.engine.choose import choose_tokens_
+from pipeline.engine.foreign import is_out_of_memory
 from pipeline.engine.grammar_compiler import GrammarCompiler
 from pipeline.engine.handle import Handle
 from pipeline.engine.loader import BaseModel
@@ -175,7 +176,9 @@ class PaddedEngine:
         """Run a batch; what the device said if its memory was too small, without the error that would hold it."""
         try:
             self._run(batch)
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             return str(error).splitlines()[0] if str(error) else type(error).__name__
         return None
 
