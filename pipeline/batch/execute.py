@@ -222,7 +222,7 @@ def plan_reading(config: BatchConfig, cluster: Cluster, workers: Workers, *, is_
         config: The job's.
         cluster: Where it runs.
         workers: From `plan_workers`.
-        is_mending: Whether only some rows of a shard are answered, which the worker alone finds out.
+        is_mending: Whether only rows with an error are answered again: too few to load a tokenizer for, unless told to.
     """
     is_wanted = config.prepare == "tasks" or (config.prepare == "auto" and workers.num_gpus > 0 and not is_mending)
     if not is_wanted:
@@ -350,6 +350,7 @@ def prepare_job(job: PreparedJob, load: Loader) -> PrepareJob:
         engine=engine_job(job, num_threads=1),
         part_format=job.part_format,
         load=load.preparers,
+        mends=job.output if job.output.mends is not None else None,
         progress_timeout=job.config.progress_timeout,
         openai=job.openai,
         kept=job.kept,
