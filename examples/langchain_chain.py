@@ -1,10 +1,17 @@
 """A LangChain chain over an expert: python examples/langchain_chain.py"""
 
-from langchain_core.output_parsers import StrOutputParser
-from langchain_core.prompts import ChatPromptTemplate
+import sys
 
 from pipeline import Expert, demo
-from pipeline.integrations.langchain import ChatExpert
+
+try:
+    from langchain_core.output_parsers import StrOutputParser
+    from langchain_core.prompts import ChatPromptTemplate
+
+    from pipeline.integrations.langchain import ChatExpert
+except ImportError:
+    print('LangChain is not installed. Fix: pip install "expert-pipeline[langchain]"', file=sys.stderr)
+    sys.exit(2)
 
 SCHEMA = "CREATE TABLE users (id INT, name TEXT, city TEXT, age INT);"
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from pipeline.cli_ask import add_ask_commands
 from pipeline.cli_common import (
     EXIT_FAILED,
+    USAGE_OF_GRAMMARS,
     BaseModelOption,
     RollbackOption,
     StorageOption,
@@ -88,7 +89,7 @@ def run(
 
 def run_job(config: Path, overrides: list[str]) -> None:
     """Run the batch job of a configuration file and print its report; the process ends with an exit code on errors."""
-    with errors_on_exit():
+    with errors_on_exit(usage=USAGE_OF_GRAMMARS):
         from pipeline.batch import run_config
         from pipeline.batch.config_file import load_config
 
@@ -227,7 +228,7 @@ def evaluate(
 
 def evaluate_job(config: Path, overrides: list[str], *, samples: int, as_json: bool) -> None:
     """Run and judge the batch job of a configuration file; the process ends with an exit code on errors."""
-    with errors_on_exit():
+    with errors_on_exit(usage=USAGE_OF_GRAMMARS):
         from pipeline.batch.config_file import load_config
         from pipeline.batch.evaluate import evaluate_job as judge
         from pipeline.cli_tables import print_scores

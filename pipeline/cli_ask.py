@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import typer
 
 from pipeline.cli_common import (
+    USAGE,
+    USAGE_OF_GRAMMARS,
     BaseModelOption,
     PackageArgument,
     RollbackOption,
@@ -73,7 +75,8 @@ def generate(
 
     Example: echo "Omar turned 45." | expert generate expert-json.expert - --json
     """
-    with errors_on_exit("interrupted"):
+    tells_grammar = grammar or json_schema is not None or regex is not None
+    with errors_on_exit("interrupted", usage=USAGE_OF_GRAMMARS if tells_grammar else USAGE):
         question = sys.stdin.read() if prompt == "-" else prompt
         options: dict[str, Any] = {
             "schema": text_or_file(schema),

@@ -14,9 +14,12 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from pipeline.errors import ConfigError, ExpertError, InvalidRequestError
+from pipeline.errors import ConfigError, ExpertError, GrammarError, InvalidRequestError
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+USAGE: tuple[type[ExpertError], ...] = (ConfigError, InvalidRequestError)
+USAGE_OF_GRAMMARS = (*USAGE, GrammarError)
+"""Of commands that are told what answers are held to; elsewhere it is a package whose grammar is wrong."""
 
 
 class Trust(StrEnum):
@@ -51,16 +54,22 @@ StorageOption = Annotated[
 @contextmanager
 def errors_on_exit(
     interrupted: str = "interrupted; what is committed stays, and the same command continues",
+    *,
+    usage: tuple[type[ExpertError], ...] = USAGE,
 ) -> Iterator[None]:
-    """Print an error of ours without a traceback, and end the process with an exit code; SIGTERM is Ctrl-C, too."""
+    """Print an error of ours without a traceback, and end the process with an exit code; SIGTERM is Ctrl-C, too.
+
+    Args:
+        interrupted: Printed after Ctrl-C.
+        usage: Errors that mean the command was called wrongly.
+    """
     try:
         with _sigterm_interrupts():
             yield
     except ExpertError as error:
         console = Console(stderr=True, soft_wrap=True)
         console.print(f"[bold red]{type(error).__name__}:[/bold red] {escape(str(error))}", highlight=False)
-        usage = isinstance(error, ConfigError | InvalidRequestError)
-        raise typer.Exit(EXIT_USAGE if usage else EXIT_FAILED) from error
+        raise typer.Exit(EXIT_USAGE if isinstance(error, usage) else EXIT_FAILED) from error
     except KeyboardInterrupt as error:
         typer.echo(interrupted, err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from error

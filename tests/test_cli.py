@@ -19,6 +19,7 @@ from pipeline.storage.local import LocalStorage
 from tests.batch.outputs import make_output
 
 SQL = str(demo.package("sql"))
+JSON = str(demo.package("json"))
 BASE = str(demo.BASE_MODEL)
 COPIED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -121,6 +122,12 @@ def test_demo_data_writes_questions(task: demo.Task, tmp_path: Path) -> None:
         (["cache", "prune", "--max-size", "much"], 2, ["ConfigError", "20GiB", "Fix:"]),
         (["run", "nowhere.yaml"], 2, ["ConfigError", "nowhere.yaml", "Fix:"]),
         (["run", "configs/demo.yaml", "num_wrokers=2"], 2, ["ConfigError", "num_workers", "Fix:"]),
+        (
+            ["run", "configs/demo.yaml", f"expert={JSON}", "sampling.use_grammar=true"],
+            2,
+            ["GrammarError", "no grammar"],
+        ),
+        (["eval", "configs/demo.yaml", "sampling.json_schema='{'"], 2, ["GrammarError", "not JSON", "Fix:"]),
         (["status", "nowhere"], 1, ["OutputError", "not the output of a job", "Fix:"]),
         (["verify-output", "nowhere"], 1, ["OutputError", "not the output of a job", "Fix:"]),
         (["status", "s3://a/b", "--storage-option", "x"], 2, ["ConfigError", "KEY=VALUE", "Fix:"]),

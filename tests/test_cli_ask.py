@@ -65,6 +65,24 @@ def test_a_mistake_in_a_conversation_is_told_and_it_goes_on(manager: ExpertManag
     assert len(session.messages) == 2
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--json-schema", '{"type": "nonsense"}'], 'the JSON schema is not valid: Unsupported type "nonsense"'),
+        (["--json-schema", '{"type": "nonsense"}', "--json"], "the JSON schema is not valid"),
+        (["--json-schema", "{"], "the JSON schema is not JSON"),
+        (["--regex", "(a"], "the regular expression is not valid"),
+        (["--grammar"], "has no grammar"),
+    ],
+)
+def test_an_answer_held_to_what_is_wrong_is_a_wrong_call(given: list[str], said: str) -> None:
+    pytest.importorskip("xgrammar")
+    done = CliRunner().invoke(app, ["generate", PACKAGES[1], "Omar turned 45.", *OPTIONS, *given])
+    assert done.exit_code == 2
+    assert done.stderr.startswith("GrammarError: ")
+    assert said in done.stderr
+
+
 def test_ctrl_c_stops_an_answer_and_forgets_it(manager: ExpertManager) -> None:
     session = ChatSession(manager, max_tokens=100)
     shown: list[str] = []

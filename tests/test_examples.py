@@ -75,6 +75,22 @@ def test_a_script_called_without_its_arguments_says_how(name: str, monkeypatch: 
         runpy.run_path(str(path), run_name="__main__")
 
 
+@pytest.mark.parametrize(("name", "extra"), [("gradio_page", "gradio"), ("langchain_chain", "langchain")])
+def test_an_example_says_what_to_install(
+    name: str, extra: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package = {"gradio": "gradio", "langchain": "langchain_core"}[extra]
+    for module in [*sys.modules, package]:
+        if module.partition(".")[0] == package:
+            monkeypatch.setitem(sys.modules, module, None)  # as where it is not installed
+    monkeypatch.delitem(sys.modules, f"pipeline.integrations.{extra}", raising=False)
+    path = next(path for path in EXAMPLES if path.stem == name)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(path), run_name="__main__")
+    assert ended.value.code == 2
+    assert f'pip install "expert-pipeline[{extra}]"' in capsys.readouterr().err
+
+
 def test_the_rest_client_says_that_nothing_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     path = next(path for path in EXAMPLES if path.stem == "rest_client")
     with socket.socket() as taken:  # bound, and not listening

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from pipeline import Expert, demo
 from pipeline.batch.config import BatchConfig
 from pipeline.batch.plan import open_experts, prepare
+from pipeline.engine.foreign import is_out_of_memory
 from pipeline.engine.packed import PackedEngine
 from pipeline.engine.runtime import load_engine, load_expert
 from pipeline.errors import (
@@ -166,6 +167,21 @@ def test_an_adapter_that_cannot_be_merged(tmp_path: Path) -> None:
     assert isinstance(caught.value.__cause__, ValueError)
     assert "NaNs detected" in caught.value.details[0]
     assert "not finite" in caught.value.hint
+
+
+def test_too_little_memory_is_known_by_its_kind_or_its_words() -> None:
+    with pytest.raises(RuntimeError) as real:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert type(real.value) is RuntimeError, "torch has no kind for it on a CPU"
+    told = [
+        real.value,
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB."),
+        MemoryError(),
+        OSError(12, "Cannot allocate memory"),
+    ]
+    assert [is_out_of_memory(error) for error in told] == [True] * len(told)
+    others = [RuntimeError("expected all tensors on one device"), ValueError("memory"), OSError(2, "No such file")]
+    assert [is_out_of_memory(error) for error in others] == [False] * len(others)
 
 
 def test_a_gpu_that_is_too_small_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:

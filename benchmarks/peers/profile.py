@@ -20,10 +20,10 @@ from torch import nn
 
 from pipeline.engine.loader import load_base_model, load_tokenizer
 from pipeline.engine.runner import Runner
-from pipeline.engine.runtime import step_tokens
 from pipeline.engine.sequence import start
 from pipeline.engine.step_engine import StepEngine
 from pipeline.engine.stopping import StopRules
+from pipeline.engine.together import default_step_tokens
 from pipeline.engine.types import Request, SamplingParams
 
 DECODE_ROWS = (1, 16, 64)
@@ -97,7 +97,7 @@ class Profiler:
         self._prompts = [(tuple(row["prompt"]), row["prefix_length"]) for row in job["rows"]]
         self._numbers = itertools.count()
         self._context_length = base.context_length
-        self._step_tokens = step_tokens(base.device)
+        self._step_tokens = default_step_tokens(base.device.type)
 
     def decode(self, num_rows: int) -> dict[str, Any]:
         """Steps of so many sequences with prompts of the workload, one token each."""

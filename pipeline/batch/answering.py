@@ -71,7 +71,7 @@ class EngineJob:
     quantization: str = "none"
     num_threads: int | None = None
     engine: "EngineName" = "packed"
-    batch_size: int = 128
+    batch_size: int | None = None
     max_batch_tokens: int | None = None
     kv_cache_bytes: int | None = None
     storage_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)

@@ -195,7 +195,11 @@ class BatchConfig(BaseModel):
     engine: Literal["packed", "padded"] = Field(
         "packed", description="What computes: packed is fast; padded runs models that packed refuses."
     )
-    batch_size: int = Field(128, ge=1, description="At most this many sequences are answered together.")
+    batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="At most this many sequences are answered together; left out, 128 on a CPU and 256 on a GPU.",
+    )
     shards_in_flight: int | None = Field(
         None,
         ge=1,

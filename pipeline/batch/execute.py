@@ -30,6 +30,7 @@ from pipeline.batch.shard_stats import ShardStats
 from pipeline.batch.shards import Shard
 from pipeline.batch.worker import ShardWorker, WorkerJob
 from pipeline.cluster import takes_gpu
+from pipeline.engine.together import default_batch_size
 from pipeline.errors import ConfigError, ExpertError, JobFailedError
 from pipeline.ray_metrics import RayMetrics
 
@@ -194,17 +195,20 @@ def plan_workers(config: BatchConfig, cluster: Cluster, num_shards: int) -> Work
         )
     most = min(most, num_shards)
     threads = None if num_gpus else max(1, int(num_cpus if config.num_cpus else cluster.num_cpus / most))
-    return Workers(min(count, most), num_cpus, num_gpus, threads, most, _shards_in_flight(config, num_shards // most))
+    in_flight = _shards_in_flight(config, num_gpus, num_shards // most)
+    return Workers(min(count, most), num_cpus, num_gpus, threads, most, in_flight)
 
 
-def _shards_in_flight(config: BatchConfig, num_shards_each: int) -> int:
+def _shards_in_flight(config: BatchConfig, num_gpus: float, num_shards_each: int) -> int:
     """Shards that a worker answers at a time: two at least, so that one is answered while another is written.
 
     Small shards need more to fill the batch. Where there are few, a worker leaves some to those that start later.
     """
     if config.shards_in_flight is not None:
         return config.shards_in_flight
-    wanted = 1 + math.ceil(config.batch_size / config.shard_rows)
+    kind = "cuda" if num_gpus and takes_gpu(config.device) else "cpu"  # the worker sees no other GPU than Ray's
+    batch_size = config.batch_size or default_batch_size(kind)
+    wanted = 1 + math.ceil(batch_size / config.shard_rows)
     return max(2, min(MOST_IN_FLIGHT, wanted, num_shards_each // 2))
 
 
@@ -219,7 +223,7 @@ def plan_reading(config: BatchConfig, cluster: Cluster, workers: Workers, *, is_
         config: The job's.
         cluster: Where it runs.
         workers: From `plan_workers`.
-        is_mending: Whether only some rows of a shard are answered, which the worker alone finds out.
+        is_mending: Whether only rows with an error are answered again: too few to load a tokenizer for, unless told to.
     """
     is_wanted = config.prepare == "tasks" or (config.prepare == "auto" and workers.num_gpus > 0 and not is_mending)
     if not is_wanted:
@@ -347,6 +351,7 @@ def prepare_job(job: PreparedJob, load: Loader) -> PrepareJob:
         engine=engine_job(job, num_threads=1),
         part_format=job.part_format,
         load=load.preparers,
+        mends=job.output if job.output.mends is not None else None,
         progress_timeout=job.config.progress_timeout,
         openai=job.openai,
         kept=job.kept,

@@ -16,10 +16,12 @@ import pyarrow as pa
 import ray
 
 from pipeline.batch.answering import EngineJob, Preparer, engine_name, row_seed
+from pipeline.batch.commit import JobOutput
 from pipeline.batch.openai_answers import LinePreparer, OpenAIRules
 from pipeline.batch.parts import PartFormat
 from pipeline.batch.prepared import PreparedRow, prepared_bytes
 from pipeline.batch.row_answers import RowPreparer
+from pipeline.batch.row_errors import rows_to_mend
 from pipeline.batch.rows import Row, iter_rows
 from pipeline.batch.shards import Shard
 from pipeline.batch.watchdog import Watchdog
@@ -36,6 +38,7 @@ class PrepareJob:
         engine: How rows become requests.
         part_format: How parts are written, and so which rows can be.
         load: How a process comes to what it prepares with.
+        mends: Where the parts are of which only rows with an error are answered again; None where all rows are.
         progress_timeout: So long a row may take, in seconds.
         openai: How the lines of OpenAI batch files are answered; None where the rows are others.
         kept: The columns of lines of JSON that are wanted; None for all.
@@ -45,6 +48,7 @@ class PrepareJob:
     engine: EngineJob = field(compare=False)
     part_format: PartFormat = field(compare=False)
     load: Callable[[EngineJob], Mapping[str | None, Preparer]] = field(compare=False)
+    mends: JobOutput | None = field(default=None, compare=False)
     progress_timeout: float = field(default=600.0, compare=False)
     openai: OpenAIRules | None = field(default=None, compare=False)
     kept: tuple[str, ...] | None = field(default=None, compare=False)
@@ -58,6 +62,8 @@ class _Prepares(Protocol):
 def prepare_shard(job: PrepareJob, shard: Shard, table: pa.Table) -> bytes | None:
     """What the rows of a shard ask, as `prepared.prepared_bytes`; None where the worker is to find out.
 
+    Of rows that are not answered again there is nothing in it but their places.
+
     Args:
         job: What to prepare with.
         shard: The shard.
@@ -65,15 +71,18 @@ def prepare_shard(job: PrepareJob, shard: Shard, table: pa.Table) -> bytes | Non
 
     Raises:
         LoadError: A package, its tokenizer or the base model cannot be used on this machine.
+        OutputError: The part whose rows are answered again cannot be read.
     """
     if is_second_try():
         return None
+    old_part = None if job.mends is None else job.mends.part_to_mend(shard.index)
+    wanted = range(table.num_rows) if old_part is None else set(rows_to_mend(old_part, job.part_format, shard.index))
     preparer, progress = _loaded(job), _watched(job.progress_timeout)
     progress.is_busy = True
     try:
         prepared = []
-        for row in iter_rows(shard, table, job.kept):
-            prepared.append(preparer.prepare(row))
+        for place, row in enumerate(iter_rows(shard, table, job.kept)):
+            prepared.append(preparer.prepare(row) if place in wanted else PreparedRow())
             progress.num_rows += 1
     finally:
         progress.is_busy = False

@@ -79,6 +79,20 @@ def row_errors(data: bytes, kind: PartKind, shard: int, *, prefix: str = "", id_
         raise OutputError(f"a part is damaged: {error!r:.200}", hint=_HINT) from error
 
 
+def rows_to_mend(data: bytes, form: PartFormat, shard: int) -> list[int]:
+    """The places in a part of the rows that are to be answered again, in order.
+
+    Args:
+        data: The whole part.
+        form: How it is written.
+        shard: The shard it answers.
+
+    Raises:
+        OutputError: The bytes are not a part.
+    """
+    return [error.row for error in row_errors(data, form.kind, shard, prefix=form.prefix, id_column=None)]
+
+
 def row_errors_bytes(errors: Sequence[RowError]) -> bytes:
     """Errors as JSON lines."""
     return "".join(error.to_json() + "\n" for error in errors).encode()

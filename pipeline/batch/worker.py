@@ -27,7 +27,7 @@ from pipeline.batch.parts import PartFormat
 from pipeline.batch.prepared import PreparedRow, read_prepared
 from pipeline.batch.receipts import Receipt
 from pipeline.batch.row_answers import RowAnswers
-from pipeline.batch.row_errors import mended_part, row_errors
+from pipeline.batch.row_errors import mended_part, rows_to_mend
 from pipeline.batch.rows import Row, iter_rows
 from pipeline.batch.shard_stats import ShardStats
 from pipeline.batch.shards import Shard
@@ -138,8 +138,7 @@ class ShardWorker:
         old_part = self._job.output.part_to_mend(shard.index)
         wanted: list[int] = []  # rows that are answered again, when others of the part have answers already
         if old_part is not None:
-            errors = row_errors(old_part, form.kind, shard.index, prefix=form.prefix, id_column=None)
-            wanted = [error.row for error in errors]
+            wanted = rows_to_mend(old_part, form, shard.index)
             rows, table = [rows[row] for row in wanted], table.take(pa.array(wanted, pa.int64()))
             prepared = None if prepared is None else [prepared[row] for row in wanted]
         history = self._trials.history(shard.index)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from pipeline import demo
@@ -26,12 +27,12 @@ def run_demo(folder: Path, rows: int, console: Console) -> BatchResult:
     """
     questions, answers = folder / f"questions-{rows}.parquet", folder / f"answers-{rows}"
     if not questions.exists():
-        console.print(f"Making {rows:,} questions that the demo model has never seen ...")
+        _say(console, f"Making {rows:,} questions that the demo model has never seen ...")
         write_questions(questions, rows, task="sql")
     # Only a job that is still to be run needs a cluster to be asked how large it is.
     is_done = (answers / "_SUCCESS").exists()
     num_workers = 1 if is_done else max(1, min(MAX_WORKERS, int(connect().num_cpus)))
-    console.print(f"Answering {questions} with {demo.package('sql').name} on Ray ...")
+    _say(console, f"Answering {escape(str(questions))} with {escape(demo.package('sql').name)} on Ray ...")
     result = run_batch(
         str(questions),
         demo.package("sql"),
@@ -43,16 +44,21 @@ def run_demo(folder: Path, rows: int, console: Console) -> BatchResult:
     console.print(_samples(frame))
     report = result.report
     if report.already_complete:
-        console.print("[bold]The job was already complete[/bold]; nothing was computed again.")
+        _say(console, "[bold]The job was already complete[/bold]; nothing was computed again.")
     exact = [exact_match(answer, expected) for answer, expected in zip(frame["text"], frame["expected"], strict=True)]
     executed = [
         execution_match(schema, answer, expected)
         for schema, answer, expected in zip(frame["schema"], frame["text"], frame["expected"], strict=True)
     ]
-    console.print(f"exact match      {sum(exact) / rows:.1%} of {rows:,}")
-    console.print(f"execution match  {sum(executed) / rows:.1%} (both queries run in SQLite give the same rows)")
-    console.print(str(report), highlight=False)
+    _say(console, f"exact match      {sum(exact) / rows:.1%} of {rows:,}")
+    _say(console, f"execution match  {sum(executed) / rows:.1%} (both queries run in SQLite give the same rows)")
+    _say(console, escape(str(report)))
     return result
+
+
+def _say(console: Console, text: str) -> None:
+    """Lines as they are, however narrow the terminal: a path that is wrapped cannot be copied."""
+    console.print(text, highlight=False, soft_wrap=True)
 
 
 def _samples(frame: pd.DataFrame) -> Table:
@@ -62,5 +68,6 @@ def _samples(frame: pd.DataFrame) -> Table:
     step = max(1, len(frame) // SAMPLES)
     for _, row in frame.iloc[::step].head(SAMPLES).iterrows():
         right = exact_match(row["text"], row["expected"])
-        table.add_row(str(row["prompt"]), str(row["text"]), "[green]right[/green]" if right else "[red]wrong[/red]")
+        verdict = "[green]right[/green]" if right else "[red]wrong[/red]"
+        table.add_row(escape(str(row["prompt"])), escape(str(row["text"])), verdict)
     return table

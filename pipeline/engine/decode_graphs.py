@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from pipeline.engine.foreign import is_out_of_memory
 from pipeline.engine.paged_plan import Int64s
 from pipeline.engine.transfer import Shapes, packed, unpacked
 
@@ -104,10 +105,10 @@ class DecodeGraphs:
             return None
         try:
             return self._record(lambda: self._run(graph, shapes))
-        except torch.OutOfMemoryError:
-            self.clear()
-            raise
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                self.clear()
+                raise
             self._record = None
             logger.warning(
                 "decode steps of this model cannot be recorded, and run eagerly, which is slower: %s",

@@ -18,7 +18,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 MEMORY_HINT = "Use a device with more memory, dtype bfloat16, or quantization int8 or int4."
-_NO_MEMORY = "can't allocate memory"  # torch's words on a CPU, in an error of no kind
+_NO_MEMORY = "allocate memory"  # what torch ("can't") and the system ("Cannot") say on a CPU, in errors of no kind
 
 
 @contextmanager

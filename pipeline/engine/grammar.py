@@ -16,6 +16,8 @@ INSTALL_HINT = 'Install it: pip install "expert-pipeline[grammar]"'
 JSON_OBJECT = Grammar("json_schema", '{"type": "object"}')  # any JSON object
 NAMES = {"gbnf": "GBNF grammar", "json_schema": "JSON schema", "regex": "regular expression"}
 
+MAX_SAID = 300  # characters of what a compiler says, in an error's message
+
 
 def is_available() -> bool:
     """Whether xgrammar is installed."""
@@ -50,8 +52,9 @@ def not_valid(grammar: Grammar, error: Exception) -> GrammarError:
     """The error of a grammar that is wrong, from what a foreign compiler or codec says of it."""
     # xgrammar puts a time and a place in its own source before what it says.
     said = re.sub(r"(?m)^\[[\d:]+\] \S+?:\d+: ", "", str(error)).strip()
+    first, *more = said.splitlines()[:5] or [type(error).__name__]
     return GrammarError(
-        f"the {NAMES[grammar.kind]} is not valid",
-        details=said.splitlines()[:5] or [type(error).__name__],
+        f"the {NAMES[grammar.kind]} is not valid: {first[:MAX_SAID]}",  # a row's error is the message alone
+        details=more,
         hint="Correct what is named above.",
     )

@@ -24,6 +24,7 @@ from pipeline.engine.sequence import Sequence, failed, start
 from pipeline.engine.stats import EngineStats
 from pipeline.engine.step_engine import StepEngine
 from pipeline.engine.stopping import StopRules
+from pipeline.engine.together import default_batch_size, default_step_tokens
 from pipeline.engine.types import Completion, Failure, Grammar, Request, SamplingParams
 from pipeline.errors import ExpertError, InferenceError
 
@@ -53,8 +54,8 @@ class PackedEngine:
         base: The model; it is changed in place.
         tokenizer: Decodes what it generates.
         bank: The experts that requests may name. None where one expert is merged into the model.
-        batch_size: At most this many sequences run at once.
-        max_batch_tokens: At most this many tokens are computed in a step.
+        batch_size: At most this many sequences run at once; None for what suits the device.
+        max_batch_tokens: At most this many tokens are computed in a step; None for what suits the device.
         kv_cache_bytes: The memory for keys and values; None for what the device has to spare.
         use_triton: On a GPU, whether to compute by kernels of Triton; None for where they work.
 
@@ -68,21 +69,26 @@ class PackedEngine:
         tokenizer: Any,
         *,
         bank: AdapterBank | None = None,
-        batch_size: int = 128,
-        max_batch_tokens: int = 1024,
+        batch_size: int | None = None,
+        max_batch_tokens: int | None = None,
         kv_cache_bytes: int | None = None,
         use_triton: bool | None = None,
     ) -> None:
+        kind = base.device.type
         self.tokenizer = tokenizer
         self._rules = StopRules(tokenizer, base.eos_token_ids)
-        self._batch_size = batch_size
+        self._batch_size = default_batch_size(kind) if batch_size is None else batch_size
         self._vocab_size = int(base.model.config.get_text_config().vocab_size)
         self.bank = bank
         self.context_length = base.context_length
-        runner = Runner(base, kv_cache_bytes=kv_cache_bytes, num_rows=batch_size, use_triton=use_triton)
+        runner = Runner(base, kv_cache_bytes=kv_cache_bytes, num_rows=self._batch_size, use_triton=use_triton)
         self._soft_prompts = runner.soft_prompts
         self._loop: StepEngine | None = StepEngine(
-            runner, base.context_length, bank=bank, max_running=batch_size, max_step_tokens=max_batch_tokens
+            runner,
+            base.context_length,
+            bank=bank,
+            max_running=self._batch_size,
+            max_step_tokens=default_step_tokens(kind) if max_batch_tokens is None else max_batch_tokens,
         )
         self._compiler: GrammarCompiler | None = None
         self._changed = threading.Condition()

@@ -15,6 +15,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from pipeline.engine.choose import choose_tokens_
+from pipeline.engine.foreign import is_out_of_memory
 from pipeline.engine.grammar_compiler import GrammarCompiler
 from pipeline.engine.handle import Handle
 from pipeline.engine.loader import BaseModel
@@ -22,6 +23,7 @@ from pipeline.engine.memory import free_memory
 from pipeline.engine.sequence import Sequence, failed, start
 from pipeline.engine.stats import EngineStats
 from pipeline.engine.stopping import StopRules
+from pipeline.engine.together import default_batch_size
 from pipeline.engine.types import Completion, Failure, Grammar, Request
 from pipeline.errors import ExpertError, InferenceError, InvalidRequestError, OutOfMemoryError
 
@@ -32,15 +34,17 @@ class PaddedEngine:
     Args:
         base: The model, with its adapter merged.
         tokenizer: Decodes what it generates.
-        batch_size: At most this many sequences are answered together.
+        batch_size: At most this many sequences are answered together; None for what suits the device.
         max_batch_tokens: At most this many tokens a batch, padding and room for the answers included. A single request
             that needs more is answered alone.
     """
 
-    def __init__(self, base: BaseModel, tokenizer: Any, *, batch_size: int = 64, max_batch_tokens: int = 16384) -> None:
+    def __init__(
+        self, base: BaseModel, tokenizer: Any, *, batch_size: int | None = None, max_batch_tokens: int = 16384
+    ) -> None:
         self._base: BaseModel | None = base
         self._tokenizer = tokenizer
-        self._batch_size = batch_size
+        self._batch_size = default_batch_size(base.device.type) if batch_size is None else batch_size
         self._max_batch_tokens = max_batch_tokens
         self._rules = StopRules(tokenizer, base.eos_token_ids)
         is_padded = tokenizer.pad_token_id is not None
@@ -172,7 +176,9 @@ class PaddedEngine:
         """Run a batch; what the device said if its memory was too small, without the error that would hold it."""
         try:
             self._run(batch)
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             return str(error).splitlines()[0] if str(error) else type(error).__name__
         return None
 

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from pipeline.engine.adapters import AdapterBank
 from pipeline.engine.foreign import MEMORY_HINT, memory_told
 from pipeline.engine.loader import load_base_model, load_tokenizer, merge_adapter
@@ -24,8 +22,6 @@ EngineName = Literal["packed", "padded"]
 ENGINES: tuple[EngineName, ...] = ("packed", "padded")
 NO_ROOM = "there is too little memory on the device for the engine"
 ROOM_HINT = f"Lower kv_cache_bytes or batch_size. {MEMORY_HINT}"
-STEP_TOKENS = {"cuda": 8192}  # of the packed engine, at most, unless told otherwise, by device
-OTHER_STEP_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,7 @@ def load_expert(
     device: str | None = None,
     dtype: str | None = None,
     quantization: str | None = None,
-    batch_size: int = 128,
+    batch_size: int | None = None,
     max_batch_tokens: int | None = None,
     kv_cache_bytes: int | None = None,
     options: Mapping[str, Any] | None = None,
@@ -70,8 +66,8 @@ def load_expert(
         device: `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`, or None for the best there is.
         dtype: `"float32"`, `"bfloat16"`, `"float16"`, or None to choose by device and checkpoint.
         quantization: `"int8"`, `"int4"` or None, for the weights of the linear layers with the adapter merged in.
-        batch_size: At most this many sequences are answered together.
-        max_batch_tokens: At most this many tokens a step (packed) or batch (padded); None for the engine's own.
+        batch_size: At most this many sequences are answered together; None for what suits the device.
+        max_batch_tokens: At most this many tokens a step (packed) or batch (padded); None for what suits the engine.
         kv_cache_bytes: Memory for keys and values (packed); None for what the device has to spare.
         options: Options for every request; see `RequestBuilder`.
 
@@ -101,7 +97,7 @@ def load_expert(
             base,
             tokenizer,
             batch_size=batch_size,
-            max_batch_tokens=max_batch_tokens or step_tokens(base.device),
+            max_batch_tokens=max_batch_tokens,
             kv_cache_bytes=kv_cache_bytes,
         )
         positions = {name: made.add_soft_prompt(prompt) for name, prompt in soft_prompts.items()}
@@ -125,7 +121,7 @@ def load_experts(
     device: str | None = None,
     dtype: str | None = None,
     quantization: str | None = None,
-    batch_size: int = 128,
+    batch_size: int | None = None,
     max_batch_tokens: int | None = None,
     kv_cache_bytes: int | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
@@ -165,7 +161,7 @@ def open_experts(
     device: str | None = None,
     dtype: str | None = None,
     quantization: str | None = None,
-    batch_size: int = 128,
+    batch_size: int | None = None,
     max_batch_tokens: int | None = None,
     kv_cache_bytes: int | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
@@ -208,7 +204,7 @@ def load_engine(
     device: str | None = None,
     dtype: str | None = None,
     quantization: str | None = None,
-    batch_size: int = 128,
+    batch_size: int | None = None,
     max_batch_tokens: int | None = None,
     kv_cache_bytes: int | None = None,
     use_triton: bool | None = None,
@@ -238,7 +234,7 @@ def load_engine(
         tokenizer,
         bank=AdapterBank(base, max_adapters=max_resident),
         batch_size=batch_size,
-        max_batch_tokens=max_batch_tokens or step_tokens(base.device),
+        max_batch_tokens=max_batch_tokens,
         kv_cache_bytes=kv_cache_bytes,
         use_triton=use_triton,
     )
@@ -246,11 +242,6 @@ def load_engine(
         if made.bank is not None:
             made.bank.load(name, package)
     return made
-
-
-def step_tokens(device: torch.device) -> int:
-    """At most so many tokens are computed in a step of the packed engine, unless told otherwise."""
-    return STEP_TOKENS.get(device.type, OTHER_STEP_TOKENS)
 
 
 def _check_engine(engine: str) -> None:

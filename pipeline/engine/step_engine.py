@@ -9,6 +9,7 @@ import torch
 from pipeline.engine.adapter_step import REPLAYED_ROWS
 from pipeline.engine.adapters import AdapterBank
 from pipeline.engine.choose import choose_tokens_
+from pipeline.engine.foreign import is_out_of_memory
 from pipeline.engine.memory import free_memory
 from pipeline.engine.prefixes import Prompt, plan_prefixes
 from pipeline.engine.runner import Runner
@@ -151,10 +152,8 @@ class StepEngine:
         """The scores; None where the device's memory was too small for the step."""
         try:
             return self._runner.run(step)
-        except torch.OutOfMemoryError:
-            pass
-        except RuntimeError as error:
-            if "allocate memory" not in str(error):
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
                 raise
         return None  # outside of the handlers, so that nothing holds the failed step's tensors
 

@@ -137,7 +137,11 @@ class ServeConfig(BaseModel):
     num_threads: int | None = Field(
         None, ge=1, description="Threads that a replica computes with on a CPU; left out, its share of the cores."
     )
-    batch_size: int = Field(128, ge=1, description="At most this many sequences are answered together.")
+    batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="At most this many sequences are answered together; left out, 128 on a CPU and 256 on a GPU.",
+    )
     max_batch_tokens: int | None = Field(
         None, ge=1, description="At most this many tokens a step; left out, what suits the engine."
     )

@@ -69,7 +69,7 @@ class ReplicaJob:
     quantization: str = "none"
     num_threads: int | None = None
     num_sharing: int = 1
-    batch_size: int = 128
+    batch_size: int | None = None
     max_batch_tokens: int | None = None
     kv_cache_bytes: int | None = None
     max_resident: int = 32

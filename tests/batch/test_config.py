@@ -73,7 +73,6 @@ def test_defaults() -> None:
         "seed": 0,
         "shard_rows": 256,
         "engine": "packed",
-        "batch_size": 128,
         "prepare": "auto",
         "quantization": "none",
         "overwrite": False,

@@ -106,6 +106,21 @@ def test_shards_in_flight_fill_the_batch(options: dict[str, Any], number: int) -
     assert plan_workers(config(**options), LAPTOP, 100).shards_in_flight == number
 
 
+@pytest.mark.parametrize(
+    ("options", "number"),
+    [
+        ({}, 5),
+        ({"num_gpus": 0}, 3),
+        ({"device": "cpu"}, 3),
+        ({"device": "cpu", "num_gpus": 1}, 3),
+        ({"batch_size": 64}, 2),
+        ({"batch_size": 448}, 8),
+    ],
+)
+def test_the_batch_of_a_worker_with_a_gpu_takes_more_shards(options: dict[str, Any], number: int) -> None:
+    assert plan_workers(config(shard_rows=64, **options), GPU_BOX, 100).shards_in_flight == number
+
+
 def test_a_cluster_that_may_grow_is_waited_for(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         workers = plan_workers(config(num_gpus=1), Cluster(num_cpus=8, num_gpus=0, is_local=False), 100)

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import demo
 from pipeline.batch.config import BatchConfig
-from pipeline.batch.plan import open_experts
+from pipeline.batch.plan import open_experts, prepare
 from pipeline.errors import BaseModelError, ConfigError, TrustError
 from pipeline.package import PackageStore, local_base_model
 from tests.package.expert_fixtures import expert_files, manifest, write_files
@@ -79,3 +80,19 @@ def test_experts_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
     one.write_text(json.dumps(changed))
     with pytest.raises(ConfigError, match="do not go together"):
         open_experts(asked)
+
+
+def test_a_job_is_the_same_whatever_it_computes_together(tmp_path: Path) -> None:
+    """So that it may be continued on another device, or with another size."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "How many users are there?"}\n')
+    fingerprints = []
+    for options in ({}, {"batch_size": 1}, {"batch_size": 256, "max_batch_tokens": 64, "device": "cpu"}):
+        config = BatchConfig.from_options(
+            dataset=str(tmp_path / "rows.jsonl"),
+            expert=str(demo.package("sql")),
+            base_model=str(demo.BASE_MODEL),
+            output=str(tmp_path / "output"),
+            **options,
+        )
+        fingerprints.append(prepare(config, open_experts(config)).output.fingerprint)
+    assert fingerprints[0] == fingerprints[1] == fingerprints[2]

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import demo
-from pipeline.batch.answering import Builder, EngineJob, LoadedEngine, Loader, load_engine, load_preparers
+from pipeline.batch.answering import Builder, EngineJob, LoadedEngine, Loader, Preparer, load_engine, load_preparers
 from pipeline.batch.blocks import run_blocks
 from pipeline.batch.config import BatchConfig
 from pipeline.batch.drive import drive
@@ -194,6 +194,41 @@ def test_rows_that_are_answered_again(tmp_path: Path) -> None:
         assert {name in one and one.pop(name) != b"" for one in written.values()} == {True}
     assert written["tasks"] == written["worker"]
     assert "_errors.jsonl" not in written["tasks"] or not written["tasks"]["_errors.jsonl"]
+
+
+class Noting:
+    """Prepares, and takes down for whom."""
+
+    def __init__(self, preparer: Preparer, prompts: list[str]) -> None:
+        self._preparer = preparer
+        self._prompts = prompts
+
+    def prepare(self, **fields: Any) -> PreparedPrompt:
+        self._prompts.append(fields["prompt"])
+        return self._preparer.prepare(**fields)
+
+
+@pytest.mark.parametrize("form", ["parquet", "jsonl"])
+def test_of_rows_that_are_answered_again_no_others_are_prepared(tmp_path: Path, form: str) -> None:
+    prompts = [f"{'fail' if at in (2, 3, 11) else 'row'} {at}" for at in range(20)]
+    if form == "parquet":
+        pq.write_table(pa.table({"prompt": prompts}), tmp_path / "in.parquet")
+    else:
+        (tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    noted: list[str] = []
+
+    def noting(load: Loader) -> Loader:
+        def preparers(job: EngineJob) -> Mapping[str | None, Preparer]:
+            return {name: Noting(preparer, noted) for name, preparer in load.preparers(job).items()}
+
+        return replace(load, preparers=preparers)
+
+    options = {"dataset": str(tmp_path / f"in.{form}"), "expert": demo.package("sql"), "prepare": "tasks"}
+    run(tmp_path, "out", noting(load_failing), **options)
+    assert noted == prompts
+    noted.clear()
+    run(tmp_path, "out", noting(ECHO), retry_errors=True, **options)
+    assert noted == ["fail 2", "fail 3", "fail 11"]
 
 
 def test_who_prepares_is_no_part_of_what_a_job_is(tmp_path: Path) -> None:

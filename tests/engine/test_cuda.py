@@ -136,6 +136,11 @@ def test_bfloat16_answers_everything(
         assert one.finish_reason == "length"
 
 
+def test_what_is_computed_together_suits_a_gpu(load: Callable[..., PackedEngine], base: Path) -> None:
+    scheduler = stepper(load(base)).scheduler
+    assert (scheduler.max_running, scheduler.max_step_tokens) == (256, 8192)
+
+
 # --- recorded steps --------------------------------------------------------------------------------------------------
 
 

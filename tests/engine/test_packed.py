@@ -469,20 +469,29 @@ class SmallDevice(Runner):
     max_tokens = 1 << 30
     failing_runs: tuple[int, ...] = ()
     num_runs = num_failed = 0
+    error: Exception = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     def run(self, step: Step) -> torch.Tensor:
         self.num_runs += 1
         if sum(chunk.count for chunk in step.chunks) > self.max_tokens or self.num_runs in self.failing_runs:
             self.num_failed += 1
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            raise self.error
         return super().run(step)
 
 
+NO_MEMORY = [  # as torch says it on a GPU and on a CPU, and Python itself
+    (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.00 GiB."),
+    (RuntimeError, "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you ..."),
+    (MemoryError, ""),
+]
+
+
 def run_on_small_device(
-    base: Path, max_tokens: int, asked: list[Request], *failing_runs: int
+    base: Path, max_tokens: int, asked: list[Request], *failing_runs: int, error: Exception | None = None
 ) -> tuple[dict[str, Completion], StepEngine]:
     runner = SmallDevice(load_base_model(base, device="cpu", dtype="float32"), kv_cache_bytes=600 * TOKEN_BYTES)
     runner.max_tokens, runner.failing_runs = max_tokens, failing_runs
+    runner.error = error or runner.error
     engine = StepEngine(runner, 512, max_running=64, max_step_tokens=1024)
     rules = StopRules(load_tokenizer(None, base), frozenset({2}))
     sequences = [sequence for request in asked for sequence in start(request, rules)]
@@ -494,9 +503,12 @@ def run_on_small_device(
     return {one.request.id: one.completion() for one in sequences}, engine
 
 
-def test_a_device_that_runs_out_of_memory_gets_smaller_steps(base: Path, oracles: dict[str | None, Any]) -> None:
+@pytest.mark.parametrize(("kind", "says"), NO_MEMORY, ids=["GPU", "CPU", "Python"])
+def test_a_device_that_runs_out_of_memory_gets_smaller_steps(
+    base: Path, oracles: dict[str | None, Any], kind: type[Exception], says: str
+) -> None:
     asked = mixed_requests(12, [None], seed=11)
-    found, engine = run_on_small_device(base, 20, asked)
+    found, engine = run_on_small_device(base, 20, asked, error=kind(says))
     assert [found[one.id].token_ids for one in asked] == [stock_tokens(oracles[None], one) for one in asked]
     assert engine.scheduler.max_step_tokens == 16
     assert 0 < engine._runner.num_failed <= 6  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from pipeline.engine.sampling import answer_seed
 from pipeline.errors import AdapterError, BaseModelError, ConfigError, InferenceError, InvalidRequestError
 from pipeline.package import open_package
 from tests import tiny
+from tests.engine.test_packed import NO_MEMORY
 
 QUESTIONS = [
     "List the name of all users.",
@@ -85,6 +87,26 @@ def test_an_answer_does_not_depend_on_its_neighbours(
     finally:
         expert.engine._batch_size = 64  # type: ignore[attr-defined]
     assert len(set(alone.values())) > 1, "different prompts must get different answers for this to say anything"
+
+
+@pytest.mark.parametrize(("kind", "says"), NO_MEMORY, ids=["GPU", "CPU", "Python"])
+def test_a_batch_that_does_not_fit_the_memory_is_halved(
+    expert: LoadedExpert, kind: type[Exception], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = requests(expert, max_tokens=8)
+    wanted = texts(expert, asked)
+    model = expert.engine._model.model  # type: ignore[union-attr]
+    plain, sizes = model.generate, []
+
+    def on_a_small_device(*, input_ids: torch.Tensor, **more: Any) -> Any:
+        sizes.append(len(input_ids))
+        if len(input_ids) > 2:
+            raise kind(says)
+        return plain(input_ids=input_ids, **more)
+
+    monkeypatch.setattr(model, "generate", on_a_small_device)
+    assert texts(expert, asked) == wanted
+    assert sizes == [7, 3, 1, 2, 4, 2, 2]
 
 
 def test_sampled_answers_follow_the_seed_alone(expert: LoadedExpert) -> None:
