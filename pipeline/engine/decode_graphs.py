@@ -19,7 +19,7 @@ from pipeline.engine.transfer import Shapes, packed, unpacked
 
 logger = logging.getLogger(__name__)
 
-MOST_GRAPHS = 128  # kept; each takes a few megabytes
+MOST_GRAPHS = 64  # kept; each takes a few megabytes
 
 _CAPTURING = threading.Lock()  # torch captures one graph at a time in a process
 

@@ -17,7 +17,7 @@ from pipeline.engine.grammar_compiler import GrammarCompiler
 from pipeline.engine.handle import Handle, Piece
 from pipeline.engine.loader import BaseModel
 from pipeline.engine.memory import free_memory
-from pipeline.engine.paged_plan import rounded_up
+from pipeline.engine.paged_plan import SCORED_ROWS, rounded_up
 from pipeline.engine.passing_thread import in_passing_thread
 from pipeline.engine.runner import Runner
 from pipeline.engine.sequence import Sequence, failed, start
@@ -33,8 +33,6 @@ __all__ = ["Handle", "PackedEngine", "Piece"]
 logger = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 60.0
-WARM_UP_PROMPT = 4  # tokens: with those of a step's other sequences, prompts and pieces of them have the same sizes
-WARM_UP_TOKENS = 3  # that a warm-up generates: the first with its prompt, the second eagerly, the third recorded
 
 
 @dataclass(eq=False)
@@ -174,24 +172,41 @@ class PackedEngine:
         self._grammars().compile(grammar)
 
     def warm_up(self, expert: str | None = None) -> None:
-        """Have every size of step recorded, so that no request waits for it: seconds on a GPU, nothing on a CPU.
+        """Have steps of every number of tokens recorded, so that no request waits for it: seconds on a GPU.
+
+        Nothing where steps are not recorded, as on a CPU, or not those of this expert. What is recorded is forgotten
+        when the bank changes. Longer contexts than some hundred tokens are met when they come.
 
         Args:
             expert: One that is loaded; None for the model alone.
+
+        Raises:
+            AdapterError: The expert is not loaded.
+            InferenceError: The engine is closed, or something could not be computed.
         """
-        if self._loop is None or not self._loop.is_recorded:
+        loop, bank = self._loop, self.bank
+        is_recorded = loop is not None and loop.is_recorded and (bank is None or bank.is_replayable({expert}))
+        if self.is_alive and not is_recorded:
             return
-        sizes = sorted({rounded_up(number) for number in range(1, min(self._batch_size, REPLAYED_ROWS) + 1)})
-        for max_tokens in (WARM_UP_TOKENS, 1):  # a step is recorded when its size comes again
-            for size in sizes:
-                length = max(1, min(WARM_UP_PROMPT, REPLAYED_ROWS // size))
-                params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-                asked = [
-                    Request(f"warm-up-{at}", (at % self._vocab_size,) * length, params, expert=expert)
-                    for at in range(size)
-                ]
-                for _ in self.generate(asked):
-                    pass
+        sizes = sorted({rounded_up(number) for number in range(1, REPLAYED_ROWS + 1)})
+        for size in sizes:
+            for number in sorted({min(self._batch_size, size, most) for most in (SCORED_ROWS, size)}):
+                for _ in range(2):  # a step is recorded when its size comes again
+                    self._compute(number, size, expert)
+
+    def _compute(self, num_sequences: int, num_tokens: int, expert: str | None) -> None:
+        """Answer prompts of so many tokens together with a token each."""
+        params = SamplingParams(max_tokens=1, ignore_eos=True)
+        least, num_longer = divmod(num_tokens, num_sequences)
+        asked = [
+            Request(f"warm-up-{at}", (at % self._vocab_size,) * (least + (at < num_longer)), params, expert=expert)
+            for at in range(num_sequences)
+        ]
+        for completion in self.generate(asked):
+            if completion.failure is not None:
+                raise InferenceError(
+                    f"the warm-up failed: {completion.failure.message}", hint="Lower batch_size or kv_cache_bytes."
+                )
 
     @in_passing_thread
     def add_soft_prompt(self, embeddings: torch.Tensor) -> tuple[int, ...]:

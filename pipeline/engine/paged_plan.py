@@ -30,7 +30,7 @@ PAGE = 16  # tokens; the size of every slot is a multiple of it
 EMPTY_PAGE, SCRATCH_PAGE, NOBODYS_PAGES = 0, 1, 2
 DECODE_WIDTH, DECODE_SPAN = 8, 128
 PREFILL_WIDTH, PREFILL_SPAN = 64, 512
-SCORED_ROWS = 128  # of a recorded step, unless it has fewer rows or more are wanted: so that there are few shapes
+SCORED_ROWS = 128  # of a recorded step, or all: so that there are few shapes
 
 
 @dataclass(eq=False, slots=True)  # not frozen, which takes a microsecond: a step makes hundreds
@@ -177,7 +177,7 @@ def plan_recorded(
     """
     units = plan_units(items, DECODE_WIDTH, DECODE_SPAN)
     num_rows, num_units = rounded_up(len(token_ids)), rounded_up(max(len(units.first), least_units))
-    num_scored = min(num_rows, max(SCORED_ROWS, rounded_up(len(scored))))
+    num_scored = min(num_rows, SCORED_ROWS) if len(scored) <= SCORED_ROWS else num_rows
     num_parts = rounded_up(max(units.parts.shape[1], least_parts))
     most = units.parts.shape[1]
     parts = units.parts[:, np.minimum(np.arange(num_parts), most - 1)]

@@ -5,7 +5,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from pipeline.errors import (
     InferenceError,
     ReplicaLostError,
     ServeError,
+    ShuttingDownError,
     SlowClientError,
 )
 from pipeline.openai_api.http_errors import HttpError, coded_error, http_error
@@ -155,9 +156,12 @@ class _Exchange:
                 await self._answer()
             except ClientGoneError:
                 self._status = CLIENT_GONE_STATUS
-            except asyncio.CancelledError:  # the server's way to say the same
+            except asyncio.CancelledError:
                 self._status = CLIENT_GONE_STATUS
-                raise
+                if not self._service.in_flight.is_cut_off:
+                    raise  # the server's way to say the same
+                with suppress(ClientGoneError):
+                    await self._fail(http_error(_ended(), retry_after=self._service.limits.retry_after_seconds))
             finally:
                 self._note(traced)
 
@@ -333,6 +337,10 @@ def _checked(event: Event) -> Event:
 def _check_complete(answers: Answers) -> None:
     if answers.num_missing:
         raise _cut_off()
+
+
+def _ended() -> ShuttingDownError:
+    return ShuttingDownError("the service ended before the answer did", hint="Ask again in a moment, or another one.")
 
 
 def _cut_off() -> ReplicaLostError:

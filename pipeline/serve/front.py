@@ -8,7 +8,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +18,7 @@ import uvicorn
 from pipeline.metrics import Metrics
 from pipeline.serve.api import make_api
 from pipeline.serve.config import ServeConfig
+from pipeline.serve.heads import BoundedHeads
 from pipeline.serve.in_flight import InFlight
 from pipeline.serve.messages import Backend, ModelCard
 from pipeline.serve.metrics import GatewayMetrics
@@ -77,10 +78,12 @@ class Front:
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
+                http=BoundedHeads,
                 timeout_keep_alive=int(KEEP_ALIVE_SECONDS),
+                timeout_graceful_shutdown=LAST_BYTES_SECONDS,
             )
         )
-        self._serving: asyncio.Task[None] | None = None
+        self._serving: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     @property
     def num_in_flight(self) -> int:
@@ -92,6 +95,9 @@ class Front:
 
         Args:
             listening: A bound socket; see `pipeline.serve.run.bound`.
+
+        Raises:
+            OSError: Another process listens there by now.
         """
         await self._backend.warm_up()  # the first call of a handle takes seconds, which no client shall wait for
         self._serving = asyncio.create_task(self._server.serve(sockets=[listening]))
@@ -100,22 +106,26 @@ class Front:
         if self._serving.done():
             await self._serving
 
+    async def ended(self) -> None:
+        """Returns when nothing is listened to any more."""
+        await asyncio.wait({self._serving})
+
     async def stop(self, seconds: float) -> None:
         """Refuse what comes from now on, finish what was begun, and listen no longer.
 
         Args:
             seconds: What is not finished after so long is cut off.
         """
-        if self._serving is None:
-            return
         self._in_flight.close()
-        with suppress(TimeoutError):
+        if not self._server.started:
+            return
+        try:
             async with asyncio.timeout(seconds):
                 while self._in_flight.total:
                     await asyncio.sleep(LOOK_SECONDS)
-        # Those that are answered still fetch their last bytes; the others have had their time.
-        self._server.config.timeout_graceful_shutdown = 0 if self._in_flight.total else LAST_BYTES_SECONDS
-        self._server.should_exit = True
+        except TimeoutError:
+            self._in_flight.cut_off()
+        self._server.should_exit = True  # last bytes are still fetched
         await self._serving
 
 
@@ -148,16 +158,14 @@ def logging_to(folder: Path) -> Iterator[Path]:
     handler = RotatingFileHandler(path, maxBytes=LOG_BYTES, backupCount=LOG_FILES)
     handler.setFormatter(logging.Formatter("%(levelname)s %(asctime)s %(name)s -- %(message)s"))
     loggers = [logging.getLogger(name) for name in LOGGERS]
-    before = [(own.level, own.propagate) for own in loggers]
+    before = [own.level for own in loggers]
     for own in loggers:
         own.addHandler(handler)
-        own.setLevel(logging.INFO)
-        own.propagate = False
+        own.setLevel(min(own.getEffectiveLevel(), logging.INFO))
     try:
         yield path
     finally:
-        for own, (level, propagate) in zip(loggers, before, strict=True):
+        for own, level in zip(loggers, before, strict=True):
             own.removeHandler(handler)
             own.setLevel(level)
-            own.propagate = propagate
         handler.close()

@@ -1,8 +1,10 @@
 """How many requests there are at once, of all clients and of each."""
 
+import asyncio
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from pipeline.errors import OverloadedError, ShuttingDownError, TooManyRequestsError
 from pipeline.serve.limits import LimitsConfig
@@ -20,10 +22,18 @@ class InFlight:
         self._of_client: Counter[str] = Counter()
         self._limits = limits
         self._is_closed = False
+        self.is_cut_off = False
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     def close(self) -> None:
         """Let nobody else in; those there are stay."""
         self._is_closed = True
+
+    def cut_off(self) -> None:
+        """Let nobody else in, and cancel those there are: `is_cut_off` says that it was not their clients who left."""
+        self._is_closed = self.is_cut_off = True
+        for task in self._tasks:
+            task.cancel()
 
     @contextmanager
     def entered(self, client: str | None) -> Iterator[None]:
@@ -49,13 +59,25 @@ class InFlight:
                 f"{self._limits.max_requests} requests are running and waiting", hint="Ask again in a moment."
             )
         self.total += 1
+        task = _current_task()
+        if task is not None:
+            self._tasks.add(task)
         if client is not None:
             self._of_client[client] += 1
         try:
             yield
         finally:
             self.total -= 1
+            if task is not None:
+                self._tasks.discard(task)
             if client is not None:
                 self._of_client[client] -= 1
                 if not self._of_client[client]:
                     del self._of_client[client]
+
+
+def _current_task() -> asyncio.Task[Any] | None:
+    try:
+        return asyncio.current_task()
+    except RuntimeError:  # no event loop
+        return None

@@ -215,7 +215,9 @@ class ExpertReplica:
             async with aclosing(self._backend.ask_gathered(ask)) as gathered:
                 async for _ in gathered:
                     pass
-        await asyncio.to_thread(self._backend.experts.engine.warm_up, pinned[0] if pinned else None)
+        engine = self._backend.experts.engine
+        replayable = [name for name in pinned if engine.bank is not None and engine.bank.is_replayable({name})]
+        await asyncio.to_thread(engine.warm_up, replayable[0] if replayable else None)
         self._note("warm-up", started)
 
     async def _set_gauges(self) -> None:

@@ -1,6 +1,7 @@
 """`expert serve`: a Ray and a Serve of this machine's own, from the command to the last answer."""
 
 import asyncio
+import errno
 import logging
 import os
 import signal
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ConfigError, ServeError
@@ -94,7 +96,7 @@ def run_service(config: ServeConfig, say: Callable[[str], None], phases: StartPh
             plan = planned.result()
             with logging_to(logs / "serve") as log, asyncio.Runner(loop_factory=loop_factory()) as runner:
                 say(f"log: {log}")
-                deployed = _deploy(plan, phases)
+                deployed = _deploy(plan, log, phases)
                 runner.run(_serve(plan, deployed, listening, say, phases))
         finally:
             with native_output_dropped():
@@ -109,7 +111,7 @@ def _plan(config: ServeConfig) -> "ServicePlan":
     return plan_service(config)
 
 
-def _deploy(plan: "ServicePlan", phases: StartPhases) -> dict[str, "ReplicaGroup"]:
+def _deploy(plan: "ServicePlan", log: Path, phases: StartPhases) -> dict[str, "ReplicaGroup"]:
     """Start the replicas; for each application of Serve, what answers there."""
     from ray import serve
 
@@ -126,7 +128,7 @@ def _deploy(plan: "ServicePlan", phases: StartPhases) -> dict[str, "ReplicaGroup
     try:
         serve.run_many(targets)
     except RuntimeError as error:
-        raise _not_started(error) from error
+        raise _not_started(error, log) from error
     phases.done("start replicas")
     return deployed
 
@@ -144,6 +146,8 @@ async def _serve(
 ) -> None:
     """Answer until a signal comes."""
     from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
 
     from pipeline.ray_metrics import RayMetrics
     from pipeline.serve.front import Front
@@ -153,14 +157,24 @@ async def _serve(
     handles = {name: serve.get_deployment_handle(group.name, name) for name, group in deployed.items()}
     answering = {expert.name: handles[name] for name, group in deployed.items() for expert in group.job.experts}
     front = Front(config, plan.cards, HandleBackend(answering), RayMetrics())
-    await front.start(listening)
+    port = listening.getsockname()[1]
+    try:
+        await front.start(listening)
+    except OSError as error:
+        raise _not_listening(config.host, port, error) from error
     phases.done("first call")
-    own = await handles[APPLICATION].phases.remote()
-    phases.seconds |= {f"of a replica: {name}": seconds for name, seconds in own.items()}
+    with suppress(TimeoutError, RayError, RayServeException):  # it is for the reader of the line alone
+        async with asyncio.timeout(CALL_SECONDS):
+            own = await handles[APPLICATION].phases.remote()
+        phases.seconds |= {f"of a replica: {name}": seconds for name, seconds in own.items()}
     with _ended_by_signal() as is_ended:
-        url = _url(config.host, listening.getsockname()[1])
-        say(f"{url}  {', '.join(card.name for card in plan.cards)}  ({phases})")
-        await is_ended.wait()
+        say(f"{_url(config.host, port)}  {', '.join(card.name for card in plan.cards)}  ({phases})")
+        waiting = {asyncio.ensure_future(one) for one in (is_ended.wait(), front.ended())}
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        for one in waiting:
+            one.cancel()
+        if not is_ended.is_set():
+            raise ServeError("the HTTP server has stopped", hint="See the log that was named at the start.")
     say("ending: what was begun is finished first; again to end at once")
     await front.stop(config.replicas.drain_seconds)
     if exporters_asked(os.environ):
@@ -173,13 +187,13 @@ async def _flush(handles: Iterable["DeploymentHandle[Any]"]) -> None:
     from ray.serve.exceptions import RayServeException
 
     await asyncio.to_thread(flush_spans)
-    with suppress(TimeoutError, RayError, RayServeException):  # replicas that are gone have exported what they had
-        for handle in handles:
+    for handle in handles:
+        with suppress(TimeoutError, RayError, RayServeException):  # replicas that are gone have exported what they had
             async with asyncio.timeout(CALL_SECONDS):
                 await handle.broadcast("flush").results_async()
 
 
-def _not_started(error: RuntimeError) -> ServeError:
+def _not_started(error: RuntimeError, log: Path) -> ServeError:
     """What Serve says of deployments that failed: the last lines are those of our own error."""
     from ray import serve
 
@@ -191,7 +205,7 @@ def _not_started(error: RuntimeError) -> ServeError:
     return ServeError(
         "the service did not start",
         details=lines[-8:],
-        hint="Correct what is said above; the log is in /tmp/ray/session_latest/logs/serve.",
+        hint=f"Correct what is said above; the logs are in {log.parent}.",
     )
 
 
@@ -230,17 +244,22 @@ def bound(host: str, port: int) -> Iterator[socket.socket]:
     Raises:
         ConfigError: It cannot be had.
     """
+    host = host.strip("[]")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind((host, port))
         except OSError as error:
-            raise ConfigError(
-                f"port {port} of {host} cannot be listened on: {error.strerror or error}",
-                hint="Choose another port with --port, or 0 for any that is free.",
-            ) from error
+            raise _not_listening(host, port, error) from error
         yield listening
+
+
+def _not_listening(host: str, port: int, error: OSError) -> ConfigError:
+    hint = "Choose another port with --port, or 0 for any that is free."
+    if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+        hint = "Name an address of this machine with --host."
+    return ConfigError(f"port {port} of {host} cannot be listened on: {error.strerror or error}", hint=hint)
 
 
 def _url(host: str, port: int) -> str:

@@ -27,11 +27,12 @@ from pipeline.engine.decode_graphs import MOST_GRAPHS, DecodeGraphs
 from pipeline.engine.kv_cache import PagedCache
 from pipeline.engine.loader import load_base_model, load_tokenizer
 from pipeline.engine.packed import PackedEngine
-from pipeline.engine.paged_plan import Item, Keys, plan_recorded
+from pipeline.engine.paged_plan import Item, Keys, plan_recorded, rounded_up
 from pipeline.engine.runner import Runner, step_scores
 from pipeline.engine.sequence import start
 from pipeline.engine.step_engine import StepEngine
 from pipeline.engine.stopping import StopRules
+from pipeline.errors import AdapterError, InferenceError
 from pipeline.package import ExpertPackage, open_package
 from tests import tiny
 from tests.engine.test_packed import mixed_requests, random_tokens
@@ -180,6 +181,23 @@ def test_steps_with_prompts_in_them_are_replayed_and_long_ones_are_not(
     assert sum("more than 512 tokens" in record.getMessage() for record in caplog.records) == 1
 
 
+def test_steps_in_which_an_expert_is_not_scored_are_others_than_those_in_which_it_is(
+    base: Path, packages: dict[str, ExpertPackage]
+) -> None:
+    """What an adapter of the head computes is part of the record, or not."""
+    own = {"lora": packages["lora"]}
+    tracer = Tracer()
+    recorded, plain = Generation(base, tracer, own, max_step_tokens=64), Generation(base, None, own, max_step_tokens=64)
+    draw, params = random.Random(4), SamplingParams(max_tokens=1, ignore_eos=True)
+    for length in (190, 190, 64, 64, 64):
+        asked = [Request(str(length), random_tokens(draw, length), params, expert="lora")]
+        assert recorded.answers(asked) == plain.answers(asked)
+    assert recorded.runner.graphs is not None
+    keys = {key for key, shapes in recorded.runner.graphs._graphs if shapes[1] == (64,)}
+    assert keys == {(True, False), (True, True)}
+    assert tracer.num_replays > 4
+
+
 def test_steps_recorded_for_the_base_alone_are_not_replayed_for_an_expert(
     base: Path, packages: dict[str, ExpertPackage]
 ) -> None:
@@ -203,10 +221,14 @@ def test_a_warm_up_has_every_size_recorded(
     assert engine._loop is not None
     graphs = engine._loop._runner.graphs
     assert graphs is not None
-    recorded = {(key, shapes[1][0]) for (key, shapes), graph in graphs._graphs.items() if graph.replay is not None}
+    found = {shapes[1][0]: graph.replay for (key, shapes), graph in graphs._graphs.items() if key == (True, True)}
+    assert sorted(found) == sorted({rounded_up(number) for number in range(1, 513)})
+    assert all(found.values()), "recorded, not only met"
+    with pytest.raises(AdapterError, match="nosuch"):
+        engine.warm_up("nosuch")
     engine.close()
-    assert recorded >= {(True, rows) for rows in (1, 2, 3, 4, 6)}, "a token of each sequence"
-    assert recorded >= {(True, rows) for rows in (4, 8, 12, 16, 24)}, "and with prompts"
+    with pytest.raises(InferenceError, match="closed"):
+        engine.warm_up("dora")
 
 
 def test_a_warm_up_is_nothing_where_nothing_is_recorded(base: Path) -> None:

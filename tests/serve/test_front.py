@@ -1,6 +1,7 @@
 """The gateway in the process of `expert serve`: its socket, its end, its log."""
 
 import asyncio
+import json
 import logging
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -107,16 +108,80 @@ def test_at_its_end_what_was_begun_is_finished_and_new_requests_are_refused(stre
     run(check)
 
 
-def test_what_is_not_finished_in_time_is_cut_off() -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_not_finished_in_time_is_cut_off_and_told_so(stream: bool) -> None:
     async def check() -> None:
         backend = Replicas(gated(asyncio.Event()))
-        async with started(backend) as (front, client, _):
-            begun = asyncio.create_task(client.post("/v1/completions", json={**BODY, "stream": True}))
-            await until(lambda: front.num_in_flight == 1)
+        async with started(backend) as (front, client, metrics):
+            begun = asyncio.create_task(client.post("/v1/completions", json={**BODY, "stream": stream}))
+            await until(lambda: backend.num_events == 2)
             await front.stop(0.1)
-            with pytest.raises((httpx.RemoteProtocolError, httpx.ReadError)):
-                await begun
-            await until(lambda: backend.num_open == 0)
+            answer = await begun
+            assert "shutting_down" in answer.text
+            assert answer.status_code == (200 if stream else 503)
+            assert answer.headers["x-request-id"]
+            assert backend.num_open == 0
+            assert metrics.value("expert_errors_total", code="shutting_down") == 1
+
+    run(check)
+
+
+def test_a_port_that_is_taken_meanwhile_is_told_when_it_is_to_be_listened_to() -> None:
+    async def check() -> None:
+        with bound("127.0.0.1", 0) as first, bound("127.0.0.1", first.getsockname()[1]) as second:
+            fronts = [Front(config(), CARDS, Replicas(words), MemoryMetrics()) for _ in range(2)]
+            await fronts[0].start(first)
+            with pytest.raises(OSError, match="in use"):
+                await fronts[1].start(second)
+            await fronts[0].stop(0.0)
+            await fronts[0].ended()
+
+    run(check)
+
+
+@pytest.mark.parametrize(
+    ("sent", "told"),
+    [
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * (80 << 10), b"HTTP/1.1 431 "),
+        (b"GET /health HTTP/1.1\r\nHost: lo", b"HTTP/1.1 408 "),
+        (b"", b"HTTP/1.1 408 "),
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /hea", b"HTTP/1.1 200 "),
+    ],
+    ids=["large", "slow", "silent", "slow second"],
+)
+def test_heads_are_bounded_in_bytes_and_time(sent: bytes, told: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.serve.heads.HEAD_SECONDS", 0.3)
+
+    async def check() -> None:
+        async with started(Replicas(words)) as (_, client, _):
+            reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
+            writer.write(sent)
+            said = await reader.read()  # to the end: the connection is closed
+            assert said.startswith(told)
+            assert (b"408" in said) == (len(sent) < 100)
+            writer.close()
+            assert (await client.get("/health")).status_code == 200, "others are served"
+
+    run(check)
+
+
+def test_a_whole_body_after_a_head_has_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.serve.heads.HEAD_SECONDS", 0.2)
+
+    async def check() -> None:
+        async with started(Replicas(words)) as (_, client, _):
+            for _ in range(2):  # and so has a connection that is kept
+                body = json.dumps({**BODY, "prompt": "a" * (100 << 10)}).encode()
+
+                async def slowly(body: bytes = body) -> AsyncIterator[bytes]:
+                    yield body[:1000]
+                    await asyncio.sleep(0.4)
+                    yield body[1000:]
+
+                headers = {"Content-Length": str(len(body)), "Content-Type": "application/json"}
+                answer = await client.post("/v1/completions", content=slowly(), headers=headers)
+                assert answer.status_code == 200, answer.text
+                await asyncio.sleep(0.3)
 
     run(check)
 
@@ -136,6 +201,10 @@ def test_an_address_that_is_taken_is_refused_with_what_to_do() -> None:
         ):
             pass
     assert "--port" in caught.value.hint
+    for host in ("nosuch.invalid", "203.0.113.7"):
+        with pytest.raises(ConfigError, match=host) as caught, bound(host, 0):
+            pass
+        assert "--host" in caught.value.hint
     with bound("127.0.0.1", port) as again:
         assert again.getsockname()[1] == port
 
@@ -144,6 +213,8 @@ def test_an_address_that_is_taken_is_refused_with_what_to_do() -> None:
 def test_addresses_may_be_of_ipv6() -> None:
     with bound("::1", 0) as listening:
         assert listening.family == socket.AF_INET6
+    with bound("[::1]", 0) as listening:
+        assert listening.getsockname()[0] == "::1"
 
 
 def test_several_gateways_are_for_a_cluster() -> None:
