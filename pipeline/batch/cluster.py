@@ -13,6 +13,7 @@ from pipeline.cluster import OWN_NAMESPACE, native_output_dropped, own_sigterm_k
 from pipeline.errors import ClusterError
 
 CONNECT_SECONDS = 2.0
+RAY_CLIENT = "ray://"  # how the address of Ray's client server begins
 RAY_DATA_CONSOLE = "console"  # its handler that writes on standard error
 _HOST_AND_PORT = re.compile(r"[^/]+:\d{1,5}")
 
@@ -55,8 +56,9 @@ def connect(address: str | None = None) -> Cluster:
 
 
 def _join(address: str, *, is_named: bool) -> None:
-    # Ray itself tries for minutes to reach a cluster that is not there.
-    if _HOST_AND_PORT.fullmatch(address) and not _listens(address):
+    # Ray itself tries for half a minute (ray://) or for minutes to reach a cluster that is not there.
+    place = address.removeprefix(RAY_CLIENT)
+    if _HOST_AND_PORT.fullmatch(place) and not _listens(place):
         raise _no_cluster(address, "nothing listens there", is_named=is_named)
     if not is_named:
         _take_token()

@@ -53,6 +53,16 @@ def test_a_cluster_that_is_asked_for_and_gone_is_an_error() -> None:
     assert "Start one with `ray start --head`" in done.stderr
 
 
+@pytest.mark.parametrize("form", ["{}", "ray://{}"])
+def test_nothing_is_waited_for_where_nothing_listens(form: str) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = form.format(f"127.0.0.1:{probe.getsockname()[1]}")
+    with pytest.raises(ClusterError, match=f"no Ray cluster answers at {address}") as caught:
+        _join(address, is_named=True)
+    assert caught.value.details[0] == "nothing listens there"
+
+
 def test_a_cluster_that_is_found_and_does_not_answer_is_not_called_one_that_was_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
