@@ -28,7 +28,7 @@ KEEP_ALIVE_SECONDS = 75.0  # longer than clients keep a connection that they do 
 LAST_BYTES_SECONDS = 5
 LOG_FILE = "gateway.log"
 LOG_BYTES, LOG_FILES = 100 << 20, 5
-LOGGERS = ("pipeline.serve", "uvicorn")
+LOGGERS = ("pipeline.serve", "uvicorn.error")
 
 
 class ReplicaBackend(Backend, Protocol):

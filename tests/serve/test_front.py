@@ -225,6 +225,7 @@ def test_several_gateways_are_for_a_cluster() -> None:
 
 def test_the_log_is_a_file_and_nothing_else_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own, servers = logging.getLogger("pipeline.serve.exchange"), logging.getLogger("uvicorn.error")
+    servers.setLevel(logging.CRITICAL)  # as other servers of this process have it
     with logging_to(tmp_path / "serve") as path:
         own.info("request %s", "abc")
         servers.warning("Invalid HTTP request received.")
