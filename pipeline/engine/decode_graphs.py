@@ -111,7 +111,7 @@ class DecodeGraphs:
                 raise
             self._record = None
             logger.warning(
-                "decode steps of this model cannot be recorded, and run eagerly, which is slower: %s",
+                "steps of this model cannot be recorded, and run eagerly, which is slower: %s",
                 str(error).splitlines()[0] if str(error) else type(error).__name__,
             )
             return None

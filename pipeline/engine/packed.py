@@ -184,9 +184,9 @@ class PackedEngine:
             AdapterError: The expert is not loaded.
             InferenceError: The engine is closed, or something could not be computed.
         """
+        self._check_open()
         loop, bank = self._loop, self.bank
-        is_recorded = loop is not None and loop.is_recorded and (bank is None or bank.is_replayable({expert}))
-        if self.is_alive and not is_recorded:
+        if loop is None or not loop.is_recorded or (bank is not None and not bank.is_replayable({expert})):
             return
         sizes = sorted({rounded_up(number) for number in range(1, REPLAYED_ROWS + 1)})
         for size in sizes:
@@ -227,19 +227,22 @@ class PackedEngine:
             self._changed.notify_all()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(CLOSE_SECONDS)
-        self._fail_all(InferenceError("the engine is closed", hint="Load the expert again."))
+        self._fail_all(_closed())
         if self.bank is not None:
             self.bank.close()
         self._loop = self._compiler = self.bank = None
         free_memory()
 
+    def _check_open(self) -> None:
+        if self._death is not None:
+            raise self._death
+        if self._is_closed:
+            raise _closed()
+
     def _submit(self, requests: list[Request], *, is_streamed: bool) -> list[Handle]:
         jobs = [self._job(request, is_streamed) for request in requests]
         with self._changed:
-            if self._death is not None:
-                raise self._death
-            if self._is_closed:
-                raise InferenceError("the engine is closed", hint="Load the expert again.")
+            self._check_open()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._serve, name="expert-engine", daemon=True)
                 self._thread.start()
@@ -342,6 +345,10 @@ class PackedEngine:
             jobs, self._jobs, self._inbox = list(self._jobs.values()), {}, []
         for job in jobs:
             job.handle.die(error)
+
+
+def _closed() -> InferenceError:
+    return InferenceError("the engine is closed", hint="Load the expert again.")
 
 
 def _what_is_computed(request: Request) -> Request:

@@ -53,7 +53,7 @@ class Runner:
         base: The model.
         kv_cache_bytes: The memory for keys and values; None for what the device has to spare.
         num_rows: How many tokens a step usually has.
-        record: What records decode steps so that they are replayed; None for what the device has, CUDA graphs or
+        record: What records short steps so that they are replayed; None for what the device has, CUDA graphs or
             nothing.
         use_triton: Compute attention, norms and gates by kernels of Triton; None for wherever they work.
 

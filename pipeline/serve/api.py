@@ -2,6 +2,8 @@
 
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from typing import Self
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -10,16 +12,19 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from pipeline.errors import ReplicaLostError, ServeError, UnknownRouteError
+from pipeline.metrics import Metrics
 from pipeline.openai_api.http_errors import HttpError, http_error
 from pipeline.openai_api.protocol import ROUTES
 from pipeline.openai_api.responses import json_bytes
 from pipeline.serve.cards import model_body
+from pipeline.serve.config import ServeConfig
 from pipeline.serve.exchange import CompletionsRoute, RequestMetrics, Service
 from pipeline.serve.guard import HEALTH_PATH, Guard
 from pipeline.serve.in_flight import InFlight
 from pipeline.serve.keys import KeyRing
 from pipeline.serve.limits import LimitsConfig
-from pipeline.serve.messages import Backend, ModelCard
+from pipeline.serve.messages import Backend, ModelCard, ReplicaBackend
+from pipeline.serve.metrics import GatewayMetrics
 from pipeline.serve.playground import HEADERS, StaticFile, static_files
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -78,6 +83,68 @@ def make_api(
         Guard, keys=keys or KeyRing({}), limits=limits, open_paths=tuple(files), echoes_request_id=echoes_request_id
     )
     return app
+
+
+@dataclass(frozen=True)
+class GatewayJob:
+    """Everything a gateway is told.
+
+    Args:
+        models: The experts that may be asked for.
+        limits: Bounds on requests.
+        keys: Who may ask.
+        log_prompts: Whether bodies and answers are written to the log.
+        playground: Whether there is a page to try the experts at `/`.
+    """
+
+    models: tuple[ModelCard, ...]
+    limits: LimitsConfig
+    keys: KeyRing
+    log_prompts: bool = False
+    playground: bool = True
+
+    @classmethod
+    def of(cls, config: ServeConfig, models: Iterable[ModelCard]) -> Self:
+        """Of a service.
+
+        Args:
+            config: Of the service.
+            models: The experts that may be asked for.
+
+        Raises:
+            ConfigError: The keys cannot be read.
+        """
+        return cls(tuple(models), config.limits, config.keys.load(), config.log_prompts, config.playground)
+
+
+def gateway_api(
+    job: GatewayJob,
+    backend: ReplicaBackend,
+    metrics: Metrics,
+    *,
+    echoes_request_id: bool = True,
+    in_flight: InFlight | None = None,
+) -> FastAPI:
+    """The application of a gateway, wherever it runs.
+
+    Args:
+        job: What it is told.
+        backend: Answers.
+        metrics: Makes what requests are counted and measured with.
+        echoes_request_id, in_flight: As for `make_api`.
+    """
+    return make_api(
+        backend,
+        job.models,
+        limits=job.limits,
+        keys=job.keys,
+        log_prompts=job.log_prompts,
+        playground=job.playground,
+        metrics=GatewayMetrics(metrics),
+        is_ready=backend.is_ready,
+        echoes_request_id=echoes_request_id,
+        in_flight=in_flight,
+    )
 
 
 def _model_routes(service: Service) -> list[BaseRoute]:

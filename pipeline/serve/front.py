@@ -7,68 +7,40 @@ processes on every request's way that only pass it on, on the cores that also co
 import asyncio
 import logging
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from typing import Protocol
 
 import uvicorn
 
 from pipeline.metrics import Metrics
-from pipeline.serve.api import make_api
-from pipeline.serve.config import ServeConfig
+from pipeline.serve.api import GatewayJob, gateway_api
 from pipeline.serve.heads import BoundedHeads
 from pipeline.serve.in_flight import InFlight
-from pipeline.serve.messages import Backend, ModelCard
-from pipeline.serve.metrics import GatewayMetrics
+from pipeline.serve.messages import ReplicaBackend
 
 LOOK_SECONDS = 0.05
-KEEP_ALIVE_SECONDS = 75.0  # longer than clients keep a connection that they do not use, so that they close it
+KEEP_ALIVE_SECONDS = 75  # longer than clients keep a connection that they do not use, so that they close it
 LAST_BYTES_SECONDS = 5
 LOG_FILE = "gateway.log"
 LOG_BYTES, LOG_FILES = 100 << 20, 5
 LOGGERS = ("pipeline.serve", "uvicorn.error")
 
 
-class ReplicaBackend(Backend, Protocol):
-    """Answers from replicas; see `pipeline.serve.gateway.HandleBackend`."""
-
-    async def warm_up(self) -> None:
-        """Make the first call, so that no client pays for it."""
-        ...
-
-    async def is_ready(self) -> bool:
-        """Whether a replica of every base model answers."""
-        ...
-
-
 class Front:
     """Speaks HTTP for a service whose replicas run. It belongs to the event loop that it is made in.
 
     Args:
-        config: Of the service.
-        models: The experts that may be asked for.
+        job: What it is told.
         backend: Answers.
         metrics: Makes what requests are counted and measured with.
     """
 
-    def __init__(
-        self, config: ServeConfig, models: Iterable[ModelCard], backend: ReplicaBackend, metrics: Metrics
-    ) -> None:
+    def __init__(self, job: GatewayJob, backend: ReplicaBackend, metrics: Metrics) -> None:
         self._backend = backend
-        self._in_flight = InFlight(config.limits)
-        api = make_api(
-            self._backend,
-            models,
-            limits=config.limits,
-            keys=config.keys.load(),
-            log_prompts=config.log_prompts,
-            playground=config.playground,
-            metrics=GatewayMetrics(metrics),
-            is_ready=self._backend.is_ready,
-            in_flight=self._in_flight,
-        )
+        self._in_flight = InFlight(job.limits)
+        api = gateway_api(job, backend, metrics, in_flight=self._in_flight)
         self._server = _Server(
             uvicorn.Config(
                 api,
@@ -79,7 +51,7 @@ class Front:
                 server_header=False,
                 proxy_headers=False,
                 http=BoundedHeads,
-                timeout_keep_alive=int(KEEP_ALIVE_SECONDS),
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=LAST_BYTES_SECONDS,
             )
         )

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
@@ -15,13 +15,9 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 
 from pipeline.errors import ExpertError, OverloadedError, ReplicaLostError, ServeError
 from pipeline.ray_metrics import RayMetrics
-from pipeline.serve.api import make_api
+from pipeline.serve.api import GatewayJob, gateway_api
 from pipeline.serve.config import ServeConfig
-from pipeline.serve.in_flight import InFlight
-from pipeline.serve.keys import KeyRing
-from pipeline.serve.limits import LimitsConfig
 from pipeline.serve.messages import Ask, Delta, Ended, Event, ModelCard
-from pipeline.serve.metrics import GatewayMetrics
 from pipeline.tracing import export_spans, flush_spans
 
 if TYPE_CHECKING:
@@ -35,25 +31,6 @@ RETRY_SECONDS = 0.1  # before the second attempt; twice as long before each furt
 READY_SECONDS = 2.0
 DRAIN_LOOK_SECONDS = 0.25
 MAX_ONGOING_REQUESTS = 100_000  # more than ever come: what is too much the gateway refuses itself, in its own words
-
-
-@dataclass(frozen=True)
-class GatewayJob:
-    """Everything a gateway is told.
-
-    Args:
-        models: The experts that may be asked for.
-        limits: Bounds on requests.
-        keys: Who may ask.
-        log_prompts: Whether bodies and answers are written to the log.
-        playground: Whether there is a page to try the experts at `/`.
-    """
-
-    models: tuple[ModelCard, ...]
-    limits: LimitsConfig
-    keys: KeyRing
-    log_prompts: bool = False
-    playground: bool = True
 
 
 class HandleBackend:
@@ -153,7 +130,7 @@ def gateway_deployment(
     Raises:
         ConfigError: The keys cannot be read.
     """
-    job = GatewayJob(tuple(models), config.limits, config.keys.load(), config.log_prompts, config.playground)
+    job = GatewayJob.of(config, models)
     deployment: serve.Deployment = serve.deployment(  # type: ignore[assignment]  # typed as the decorator that it also is
         Gateway,
         name=GATEWAY,
@@ -182,40 +159,17 @@ class Gateway:
         export_spans(os.environ)
         self._job = job
         self._backend = HandleBackend(handles)
-        self._in_flight = InFlight(job.limits)
         # The first call of a handle takes seconds; they pass while the replicas are loading.
         self._warming = asyncio.create_task(self._backend.warm_up())
 
     def __serve_build_asgi_app__(self) -> "FastAPI":
         """The application; Serve asks for it once, by this name."""
-        return make_api(
-            self._backend,
-            self._job.models,
-            limits=self._job.limits,
-            keys=self._job.keys,
-            log_prompts=self._job.log_prompts,
-            playground=self._job.playground,
-            metrics=GatewayMetrics(RayMetrics()),
-            is_ready=self._backend.is_ready,
-            echoes_request_id=False,  # Serve's proxy does
-            in_flight=self._in_flight,
-        )
-
-    async def close(self) -> None:
-        """Refuse what comes from now on, and finish what was begun."""
-        self._in_flight.close()
-
-    async def flush(self) -> None:
-        """Export the spans that have ended; see `pipeline.tracing`."""
-        await asyncio.to_thread(flush_spans)
+        # Serve's proxy tells clients the request's id.
+        return gateway_api(self._job, self._backend, RayMetrics(), echoes_request_id=False)
 
     async def __del__(self) -> None:
-        """Serve calls this once, when nothing is to be answered any more."""
-        await self.flush()
-
-    async def num_in_flight(self) -> int:
-        """How many requests are not answered yet."""
-        return self._in_flight.total
+        """Serve calls this once, when nothing is to be answered any more: spans that have ended are exported."""
+        await asyncio.to_thread(flush_spans)
 
 
 def calls(handles: Mapping[str, "DeploymentHandle[Any]"], method: str, *, stream: bool) -> dict[str, Any]:

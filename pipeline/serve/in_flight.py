@@ -37,7 +37,7 @@ class InFlight:
 
     @contextmanager
     def entered(self, client: str | None) -> Iterator[None]:
-        """Count a request while it lasts.
+        """Count a request while it lasts; the task that enters is what `cut_off` cancels.
 
         Args:
             client: The client's name; None where no key is needed, and only the total counts.
@@ -59,7 +59,7 @@ class InFlight:
                 f"{self._limits.max_requests} requests are running and waiting", hint="Ask again in a moment."
             )
         self.total += 1
-        task = _current_task()
+        task = asyncio.current_task()
         if task is not None:
             self._tasks.add(task)
         if client is not None:
@@ -74,10 +74,3 @@ class InFlight:
                 self._of_client[client] -= 1
                 if not self._of_client[client]:
                     del self._of_client[client]
-
-
-def _current_task() -> asyncio.Task[Any] | None:
-    try:
-        return asyncio.current_task()
-    except RuntimeError:  # no event loop
-        return None

@@ -7,7 +7,18 @@ from typing import Any, Protocol
 from pipeline.openai_api.events import Delta, Ended, TokenText
 from pipeline.package import Routing
 
-__all__ = ["Ask", "Backend", "Delta", "Ended", "Event", "ModelCard", "Refused", "Started", "TokenText"]
+__all__ = [
+    "Ask",
+    "Backend",
+    "Delta",
+    "Ended",
+    "Event",
+    "ModelCard",
+    "Refused",
+    "ReplicaBackend",
+    "Started",
+    "TokenText",
+]
 
 
 @dataclass(frozen=True)
@@ -90,4 +101,16 @@ class Backend(Protocol):
         Raises:
             ExpertError: The replica is gone; nothing more comes.
         """
+        ...
+
+
+class ReplicaBackend(Backend, Protocol):
+    """Answers from replicas; see `pipeline.serve.gateway.HandleBackend`."""
+
+    async def warm_up(self) -> None:
+        """Make the first call, so that no client pays for it."""
+        ...
+
+    async def is_ready(self) -> bool:
+        """Whether a replica of every base model answers."""
         ...

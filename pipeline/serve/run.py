@@ -150,13 +150,14 @@ async def _serve(
     from ray.serve.exceptions import RayServeException
 
     from pipeline.ray_metrics import RayMetrics
+    from pipeline.serve.api import GatewayJob
     from pipeline.serve.front import Front
     from pipeline.serve.gateway import HandleBackend
 
     config = plan.config
     handles = {name: serve.get_deployment_handle(group.name, name) for name, group in deployed.items()}
     answering = {expert.name: handles[name] for name, group in deployed.items() for expert in group.job.experts}
-    front = Front(config, plan.cards, HandleBackend(answering), RayMetrics())
+    front = Front(GatewayJob.of(config, plan.cards), HandleBackend(answering), RayMetrics())
     port = listening.getsockname()[1]
     try:
         await front.start(listening)

@@ -14,6 +14,7 @@ import pytest
 
 from pipeline.errors import ConfigError
 from pipeline.metrics import MemoryMetrics
+from pipeline.serve.api import GatewayJob
 from pipeline.serve.config import ServeConfig
 from pipeline.serve.front import Front, logging_to
 from pipeline.serve.messages import Ask, Delta, Ended, Event, Started
@@ -42,7 +43,7 @@ def config(**more: Any) -> ServeConfig:
 @asynccontextmanager
 async def started(backend: Replicas, **more: Any) -> AsyncIterator[tuple[Front, httpx.AsyncClient, MemoryMetrics]]:
     metrics = MemoryMetrics()
-    front = Front(config(**more), CARDS, backend, metrics)
+    front = Front(GatewayJob.of(config(**more), CARDS), backend, metrics)
     with bound("127.0.0.1", 0) as listening:
         port = listening.getsockname()[1]
         await front.start(listening)
@@ -129,7 +130,7 @@ def test_what_is_not_finished_in_time_is_cut_off_and_told_so(stream: bool) -> No
 def test_a_port_that_is_taken_meanwhile_is_told_when_it_is_to_be_listened_to() -> None:
     async def check() -> None:
         with bound("127.0.0.1", 0) as first, bound("127.0.0.1", first.getsockname()[1]) as second:
-            fronts = [Front(config(), CARDS, Replicas(words), MemoryMetrics()) for _ in range(2)]
+            fronts = [Front(GatewayJob.of(config(), CARDS), Replicas(words), MemoryMetrics()) for _ in range(2)]
             await fronts[0].start(first)
             with pytest.raises(OSError, match="in use"):
                 await fronts[1].start(second)
